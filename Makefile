@@ -1,0 +1,1 @@
+check: ; ruff format --check . && ruff check . && mypy && PYTHONPATH=kernels lint-imports

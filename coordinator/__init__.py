@@ -1,0 +1,1 @@
+"""The coordinator: gRPC gateway, admission, routing and the request registry. Imports no torch."""

@@ -1,0 +1,89 @@
+"""Frames over an asyncio stream: a 4-byte big-endian length, then the frame of `codec`.
+
+Addresses are `unix:/path` or `tcp:host:port`. Writes are batched by the caller: one `send` is one frame and
+one system call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from pdserve.core.codec import decode_frame, encode_frame
+from pdserve.core.errors import ProtocolError
+from pdserve.core.messages import Message
+
+MAX_FRAME_BYTES: Final = 256 * 1024 * 1024
+_LENGTH: Final = struct.Struct(">I")
+
+
+class Channel:
+    """One connection; `receive` returns the messages of the next frame, or None at its end."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    def send(self, batch: Sequence[Message]) -> None:
+        """Queue one frame without blocking; `drain` applies back-pressure. A no-op once closed."""
+        if batch and not self._writer.is_closing():
+            data = encode_frame(batch)
+            self._writer.write(_LENGTH.pack(len(data)) + data)
+
+    async def drain(self) -> None:
+        await self._writer.drain()
+
+    async def receive(self) -> list[Message] | None:
+        """Messages of the next frame; None when the peer closed or died. Raises `ProtocolError`."""
+        try:
+            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"frame of {length} bytes, limit {MAX_FRAME_BYTES}")
+            return decode_frame(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes written but not yet taken by the kernel."""
+        return self._writer.transport.get_write_buffer_size()
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError, ssl.SSLError):  # the peer may have gone first
+            await self._writer.wait_closed()
+
+
+async def connect(address: str, *, tls: ssl.SSLContext | None = None) -> Channel:
+    """Open a channel to `address`; OSError when nobody listens there."""
+    kind, _, rest = address.partition(":")
+    if kind == "unix":
+        return Channel(*await asyncio.open_unix_connection(rest))
+    host, port = _host_port(address, rest)
+    return Channel(*await asyncio.open_connection(host, port, ssl=tls))
+
+
+async def listen(
+    address: str, on_connect: Callable[[Channel], Awaitable[None]], *, tls: ssl.SSLContext | None = None
+) -> tuple[asyncio.Server, str]:
+    """Serve channels at `address` (`tcp:host:0` picks a port); returns the server and its real address."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await on_connect(Channel(reader, writer))
+
+    kind, _, rest = address.partition(":")
+    if kind == "unix":
+        return await asyncio.start_unix_server(accept, rest), address
+    host, port = _host_port(address, rest)
+    server = await asyncio.start_server(accept, host, port, ssl=tls)
+    return server, f"tcp:{host}:{server.sockets[0].getsockname()[1]}"
+
+
+def _host_port(address: str, rest: str) -> tuple[str, int]:
+    host, _, port = rest.rpartition(":")
+    if not address.startswith("tcp:") or not host or not port.isdigit():
+        raise ProtocolError(f"address {address!r} is neither unix:/path nor tcp:host:port")
+    return host, int(port)

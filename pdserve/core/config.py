@@ -1,0 +1,164 @@
+"""The configuration tree: parsed once from YAML and flags, frozen, handed down in slices.
+
+A snapshot test lists every knob. Derived values are fields of a `Resolved...` object, never mutation.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pdserve.core.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class RoutingPolicy(StrEnum):
+    POWER_OF_TWO = "power_of_two"
+    LEAST_LOADED = "least_loaded"
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+
+
+class TransferBackendName(StrEnum):
+    NIXL = "nixl"
+    LOCAL = "local"
+    FAKE = "fake"
+
+
+class ModelSettings(_Frozen):
+    model: str = "SmolLM2-135M-Instruct"
+    """A Hugging Face checkpoint directory, a .gguf file, or a name that `pdserve models list` shows."""
+    served_model_name: str | None = None
+    """Name that clients use; the directory's name by default."""
+    dtype: DType = DType.AUTO
+    """auto: the checkpoint's own."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt + answer in tokens; the checkpoint's own by default."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights of the right shape, for measuring."""
+
+
+class CacheSettings(_Frozen):
+    block_size: PositiveInt = 64
+    """Tokens per KV block."""
+    num_blocks: PositiveInt | None = None
+    """Blocks per worker; derived from memory_gib when not given."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """KV pool per worker. Default: 1 GiB on a CPU, what is left of gpu_memory_utilization on a GPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    enable_prefix_caching: bool = True
+
+
+class PrefillSettings(_Frozen):
+    workers: Annotated[int, Field(ge=0)] = 1
+    max_num_batched_tokens: PositiveInt = 512
+    """Token budget of one step; a longer prompt is read in chunks of at most this."""
+    max_num_seqs: PositiveInt = 32
+
+
+class DecodeSettings(_Frozen):
+    workers: PositiveInt = 1
+    max_num_seqs: PositiveInt = 64
+    max_num_batched_tokens: PositiveInt = 512
+    """Token budget of a step in which the worker also reads prompts itself."""
+
+
+class TransferSettings(_Frozen):
+    backend: TransferBackendName = TransferBackendName.NIXL
+    layer_groups: PositiveInt = 4
+    """Layers are pushed in about this many groups per chunk, each while the next computes."""
+    deadline_s: Seconds = 30.0
+    """A push that is not terminal by then fails its attempt."""
+    lease_s: Seconds = 30.0
+    """Blocks reserved for a request are given back this long after the last sign of its prefill."""
+
+
+class CoordinatorSettings(_Frozen):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    """gRPC; 0 picks a free port."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Prometheus; 0 picks a free port, shown at start."""
+    policy: RoutingPolicy = RoutingPolicy.POWER_OF_TWO
+    max_queued_requests: PositiveInt = 1024
+    """More than this many waiting are refused with RESOURCE_EXHAUSTED."""
+    max_message_mib: PositiveInt = 16
+    max_attempts: PositiveInt = 3
+    heartbeat_timeout_s: Seconds = 5.0
+    """A worker silent for this long is dead, even if its process lives."""
+    default_max_tokens: PositiveInt = 256
+    default_timeout_s: Seconds = 600.0
+    """Deadline of a request whose client set none."""
+
+
+class ClusterSettings(_Frozen):
+    address: str = "local"
+    """`local` starts Ray on this machine; `auto` or host:port joins a running cluster."""
+    accelerator_type: str | None = None
+    """As Ray names it (H100, H200, A100); None takes any GPU, or the CPU where there is none."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] | None = None
+    """None: 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: PositiveInt | None = None
+    """None: the machine's cores divided among the workers."""
+    dashboard: bool = True
+    dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 8265
+    heartbeat_s: Seconds = 0.5
+    start_timeout_s: Seconds = 300.0
+
+
+class ServeConfig(_Frozen):
+    """Everything `pdserve serve` can be told. Flags override the file."""
+
+    model: ModelSettings = ModelSettings()
+    cache: CacheSettings = CacheSettings()
+    prefill: PrefillSettings = PrefillSettings()
+    decode: DecodeSettings = DecodeSettings()
+    transfer: TransferSettings = TransferSettings()
+    coordinator: CoordinatorSettings = CoordinatorSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    seed: int = 0
+    """Seeds routing and dummy weights; request seeds are their own."""
+
+
+def load_config(path: Path | None, overrides: dict[str, dict[str, Any]]) -> ServeConfig:
+    """Read YAML and lay flag overrides (section -> field -> value) on top. Raises `ConfigError`."""
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {path}: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--config {path}: wanted a mapping, found {type(tree).__name__}")
+    for section, fields in overrides.items():
+        if fields:
+            tree[section] = {**(tree.get(section) or {}), **fields}
+    try:
+        return ServeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        parts.append(f"{where}: {item['msg']} (got {item['input']!r})")
+    return "; ".join(parts)

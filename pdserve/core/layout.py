@@ -1,0 +1,98 @@
+"""Where a block's bytes are: geometry of the KV cache, and the fingerprint that peers compare.
+
+A pool of one cache group is one allocation, C-contiguous:
+
+    [block, layer, K/V, kv_head, token, head_dim]
+     |      |      |    |        '------ head_dim * itemsize bytes: one head of one token
+     |      |      |    '--------------- block_tokens of these: one head of a block (a TP split slices these)
+     |      |      '-------------------- num_kv_heads of these: K of one layer
+     |      '--------------------------- 2 of these: `layer_bytes`, what a push of layers moves
+     '---------------------------------- num_layers of these: `block_bytes`, what moves a block whole
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Final
+
+from pdserve.core.errors import FingerprintMismatch
+
+PROTOCOL_VERSION: Final = 1
+DTYPE_BYTES: Final[dict[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """Layers that share one KV geometry. `sliding_window` is in tokens; None is full attention."""
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    sliding_window: int | None = None
+
+    @property
+    def token_head_bytes(self) -> int:
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLayout:
+    """A cache group cut into blocks of `block_tokens` tokens."""
+
+    group: CacheGroup
+    block_tokens: int
+
+    @property
+    def layer_bytes(self) -> int:
+        return 2 * self.group.num_kv_heads * self.block_tokens * self.group.token_head_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.group.num_layers * self.layer_bytes
+
+    def pool_shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
+        g = self.group
+        return (num_blocks, g.num_layers, 2, g.num_kv_heads, self.block_tokens, g.head_dim)
+
+    def offset(self, block: int, layer: int) -> int:
+        """Byte offset of `layer` of `block` from the start of the pool."""
+        return block * self.block_bytes + layer * self.layer_bytes
+
+
+def blocks_for(tokens: int, block_tokens: int) -> int:
+    """How many blocks hold `tokens` tokens."""
+    return -(-tokens // block_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What two peers must agree on before the first byte. `tp_rank`/`tp_size` may differ between roles."""
+
+    protocol: int
+    model: str
+    """Digest of the model's config and weights index, not its display name."""
+    layouts: tuple[GroupLayout, ...]
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    def require_same(self, other: Fingerprint, *, peer: str) -> None:
+        """Raise `FingerprintMismatch` that names the first field that differs."""
+        for field in ("protocol", "model"):
+            ours, theirs = getattr(self, field), getattr(other, field)
+            if ours != theirs:
+                raise FingerprintMismatch(peer, field, ours, theirs)
+        if len(self.layouts) != len(other.layouts):
+            raise FingerprintMismatch(peer, "layouts", len(self.layouts), len(other.layouts))
+        for mine, its in zip(self.layouts, other.layouts, strict=True):
+            if mine.block_tokens != its.block_tokens:
+                raise FingerprintMismatch(peer, "block_size", mine.block_tokens, its.block_tokens)
+            for entry in dataclasses.fields(CacheGroup):
+                ours, theirs = getattr(mine.group, entry.name), getattr(its.group, entry.name)
+                if ours != theirs:
+                    raise FingerprintMismatch(peer, f"{mine.group.name}.{entry.name}", ours, theirs)
+        if self.tp_size != other.tp_size:
+            # Head-sliced pushes between different TP sizes are a transfer plan of their own.
+            raise FingerprintMismatch(peer, "tp_size", self.tp_size, other.tp_size)

@@ -1,0 +1,349 @@
+"""Messages between coordinator and workers, and the hand-over between workers.
+
+A frame is a list of messages (see `codec`); a worker sends one frame per step to each coordinator.
+Directions: *down* coordinator to worker, *up* worker to coordinator, *across* worker to worker (inside a
+transfer's notification).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from pdserve.core.ids import AttemptId, BlockId, WorkerId
+from pdserve.core.layout import Fingerprint
+from pdserve.core.sampling import SamplingParams, TokenLogprobs
+
+HANDOVER_VERSION: Final = 1
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class RefusalReason(StrEnum):
+    NO_BLOCKS = "no_blocks"
+    BATCH_FULL = "batch_full"
+    DRAINING = "draining"
+    UNKNOWN_PEER = "unknown_peer"
+    TOO_LONG = "too_long"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestSpec:
+    """What a worker must know of a request. `tokens`: prompt + output that earlier attempts streamed."""
+
+    attempt: AttemptId
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    """Ends the request unless `sampling.ignore_eos`; workers hold no tokenizer."""
+    cache_salt: bytes
+    """Model, adapter, KV dtype and tenant; the root of the prefix-hash chain."""
+    arrival: float
+    """Wall clock (`time.time()`), seconds."""
+    ttft_deadline: float | None = None
+    """Wall clock, seconds; prefill batches earliest first."""
+    priority: int = 0
+    """Lower is more urgent, as in vLLM."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+
+# --- down -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """First message on every connection, both ways; a protocol mismatch closes it with an error."""
+
+    protocol: int
+    sender: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectPeer:
+    """Meet a transfer peer. Sent again with a new epoch after that peer restarted."""
+
+    peer: WorkerId
+    epoch: int
+    fingerprint: Fingerprint
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropPeer:
+    """The peer's process is gone for certain: forget it and release what only it could still reach."""
+
+    peer: WorkerId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartDecode:
+    """Reserve blocks for a request. The answer is `Reserved` or `Refused`.
+
+    `prefill_worker` None: this worker reads the prompt itself (colocated, or cheaper than moving it).
+    """
+
+    spec: RequestSpec
+    prefill_worker: WorkerId | None
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartPrefill:
+    """Read a prompt and push its KV into `dst_blocks` of `decode_worker`, skipping what is cached there."""
+
+    spec: RequestSpec
+    decode_worker: WorkerId
+    decode_epoch: int
+    dst_blocks: list[BlockId]
+    """Blocks for `spec.tokens`, in order, the cached ones first."""
+    dst_cached_tokens: int
+    """Prefix that the decode worker has already; a multiple of the block size."""
+    transfer_deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewLease:
+    attempt: AttemptId
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Stop an attempt and return its blocks; a later message of it is ignored.
+
+    A decode worker still waiting for pushes quarantines the attempt's blocks until `PushesSettled` or
+    `DropPeer`; a prefill worker answers with `PushesSettled` (see there), also for an attempt it never saw.
+    """
+
+    attempt: AttemptId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushesSettled:
+    """No write of this attempt can land any more. From a prefill worker, relayed to the decode worker, which
+    may then release the blocks it quarantined when the attempt ended early.
+
+    A prefill worker ends every `StartPrefill` and answers every `Cancel` with exactly one `TransferDone`
+    (success) or `PushesSettled` (anything else), as its last message of the attempt.
+    """
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Take no new requests; finish those that run."""
+
+
+# --- up ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A worker introduces itself, after `Hello`."""
+
+    worker: WorkerId
+    role: Role
+    epoch: int
+    """Of the process: a restarted worker has a higher one."""
+    pid: int
+    host: str
+    fingerprint: Fingerprint
+    transfer_metadata: bytes
+    num_blocks: int
+    block_tokens: int
+    max_model_len: int
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    attempt: AttemptId
+    blocks: list[BlockId]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    attempt: AttemptId
+    reason: RefusalReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillStarted:
+    attempt: AttemptId
+    cached_tokens: int
+    """Prefix hit on the prefill worker itself."""
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillProgress:
+    """A chunk is done; renews the decode side's lease."""
+
+    attempt: AttemptId
+    tokens_done: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillDone:
+    """The prompt is read and the first token sampled; its KV may still be on the way."""
+
+    attempt: AttemptId
+    token: int
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: list[TokenLogprobs | None]
+    finish_reason: FinishReason | None
+    """Set when the first token ends the answer: then nothing more is pushed."""
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferDone:
+    """From the prefill worker: every push of this attempt is terminal, its blocks are back."""
+
+    attempt: AttemptId
+    bytes_moved: int
+    exposed_s: float
+    """From the end of prefill compute to the last push's completion."""
+    busy_s: float
+    """Time during which at least one push of this attempt was under way."""
+    path: str
+    """cuda_ipc, rdma, shm, tcp, local or fake; what was really chosen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvArrived:
+    """From the decode worker: hand-over checked, request runnable."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Tokens of one request from one step. The first token comes from both workers; `first_index` dedups."""
+
+    attempt: AttemptId
+    first_index: int
+    """Index of tokens[0] in the output (0 is the first generated token, over all attempts)."""
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Empty, or one per token."""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFailed:
+    attempt: AttemptId
+    code: str
+    """An `ErrorCode`."""
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCounts:
+    """free + held + cached + quarantined == total, always. `cached` are held by the prefix cache alone."""
+
+    total: int
+    free: int
+    held: int
+    cached: int
+    quarantined: int
+
+    @property
+    def conserved(self) -> bool:
+        return self.free + self.held + self.cached + self.quarantined == self.total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """Sent off the compute loop, every `heartbeat_s`; silence means dead."""
+
+    worker: WorkerId
+    epoch: int
+    blocks: BlockCounts
+    waiting: int
+    """Requests that have not started computing."""
+    running: int
+    waiting_tokens: int
+    """Prompt tokens not yet computed (prefill), or context tokens in the batch (decode)."""
+    step_s: float
+    """Moving average of a step's duration."""
+    tokens_per_s: float
+    prefix_hit_tokens: int
+    """Since start."""
+    prefix_query_tokens: int
+    steps: int
+    draining: bool = False
+
+
+# --- across -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handover:
+    """Rides on the last push of an attempt: what the decode worker needs to go on as if it had prefilled.
+
+    Penalty counts and the sampling position follow from the tokens, which the decode worker has from
+    `StartDecode`; seed and parameters too. Grammar, adapter and draft state get fields here when they exist,
+    with a new version.
+    """
+
+    version: int
+    attempt: AttemptId
+    num_tokens: int
+    """Tokens whose KV was computed; must equal len(spec.tokens)."""
+    num_pushes: int
+    """Pushes of this attempt, this one included; the decode worker counts them."""
+    bytes_moved: int
+    first_token: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushNote:
+    """What every push carries as its notification: whose it is, and the hand-over on the last one."""
+
+    attempt: AttemptId
+    sequence: int
+    handover: Handover | None = None
+
+
+Down = (
+    Hello | ConnectPeer | DropPeer | StartDecode | StartPrefill | RenewLease | Cancel | PushesSettled | Drain
+)
+Up = (
+    Hello
+    | WorkerInfo
+    | Reserved
+    | Refused
+    | PrefillStarted
+    | PrefillProgress
+    | PrefillDone
+    | TransferDone
+    | PushesSettled
+    | KvArrived
+    | Tokens
+    | AttemptFailed
+    | Heartbeat
+)
+Across = PushNote
+Message = Down | Up | Across

@@ -1,0 +1,1 @@
+"""Prefill workers: read prompts, push their KV to decode workers."""
