@@ -1,0 +1,125 @@
+"""Which full blocks hold which tokens: prefix hashes, hits, and eviction.
+
+The hash of a block covers its tokens and, through the chain, every token before it and the salt (model,
+adapter, KV dtype, tenant). 128 bits of BLAKE2b: two different prefixes that meet are not expected in the life
+of a deployment, and none can be made on purpose.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NewType
+
+from pdserve.core.errors import BlockPoolExhausted
+from pdserve.core.ids import BlockId
+from pdserve.engine.block_pool import CACHE_HOLDER, BlockPool, Holder
+
+BlockHash = NewType("BlockHash", bytes)
+
+_DIGEST_BYTES = 16
+
+
+class PrefixHashes:
+    """The chained hashes of one growing sequence, each computed once."""
+
+    def __init__(self, salt: bytes, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._root = blake2b(salt, digest_size=_DIGEST_BYTES, person=b"pdserve-prefix").digest()
+        self._hashes: list[BlockHash] = []
+
+    def of(self, tokens: Sequence[int]) -> list[BlockHash]:
+        """Hashes of the full blocks of `tokens`, which extend what was given before."""
+        size = self._block_tokens
+        for index in range(len(self._hashes), len(tokens) // size):
+            parent = self._hashes[-1] if self._hashes else self._root
+            chunk = array("q", tokens[index * size : (index + 1) * size])
+            self._hashes.append(
+                BlockHash(blake2b(parent + chunk.tobytes(), digest_size=_DIGEST_BYTES).digest())
+            )
+        return self._hashes[: len(tokens) // size]
+
+
+@dataclass(slots=True)
+class HitStats:
+    """Tokens, since start."""
+
+    hit_tokens: int = 0
+    query_tokens: int = 0
+
+
+class PrefixCache:
+    """Keeps full blocks after their requests until another needs the room, least recently used first.
+
+    Disabled, it never hits and keeps nothing; allocation works the same.
+    """
+
+    def __init__(self, pool: BlockPool, *, block_tokens: int, enabled: bool) -> None:
+        self.stats = HitStats()
+        self._pool = pool
+        self._block_tokens = block_tokens
+        self._enabled = enabled
+        self._block_of: dict[BlockHash, BlockId] = {}
+        self._hash_of: dict[BlockId, BlockHash] = {}
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def lookup(self, hashes: Sequence[BlockHash], num_tokens: int) -> list[BlockId]:
+        """Blocks of the longest cached prefix of a sequence of `num_tokens` tokens.
+
+        It ends before the last token, which is always computed: its logits are needed.
+        """
+        blocks: list[BlockId] = []
+        for digest in hashes[: (num_tokens - 1) // self._block_tokens]:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def claim(self, hashes: Sequence[BlockHash], num_tokens: int, holder: Holder) -> list[BlockId]:
+        """`lookup`, hold what was found, and count the hit."""
+        blocks = self.lookup(hashes, num_tokens)
+        for block in blocks:
+            self._pool.hold(block, holder)
+        self.stats.query_tokens += num_tokens
+        self.stats.hit_tokens += len(blocks) * self._block_tokens
+        return blocks
+
+    def insert(self, digest: BlockHash, block: BlockId) -> bool:
+        """Keep a computed full block; False when its tokens are cached already, in another block."""
+        if not self._enabled or digest in self._block_of or block in self._hash_of:
+            return False
+        self._pool.hold(block, CACHE_HOLDER)
+        self._block_of[digest] = block
+        self._hash_of[block] = digest
+        return True
+
+    def allocate(self, count: int, holder: Holder) -> list[BlockId]:
+        """`count` blocks, evicting the least recently used cached ones where needed.
+
+        Raises `BlockPoolExhausted`, having evicted nothing, when there are not enough.
+        """
+        if count > self._pool.num_available:
+            raise BlockPoolExhausted(wanted=count, free=self._pool.num_available)
+        while self._pool.num_free < count:
+            self._evict_one()
+        return self._pool.allocate(count, holder)
+
+    def clear(self) -> None:
+        """Let go of every block, such as after the weights changed."""
+        for block in list(self._hash_of):
+            self._forget(block)
+
+    def _evict_one(self) -> None:
+        block = self._pool.oldest_idle()
+        if block is None:
+            raise BlockPoolExhausted(wanted=1, free=self._pool.num_free)
+        self._forget(block)
+
+    def _forget(self, block: BlockId) -> None:
+        del self._block_of[self._hash_of.pop(block)]
+        self._pool.release(block, CACHE_HOLDER)
