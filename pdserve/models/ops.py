@@ -1,14 +1,20 @@
 """The few operations a decoder is made of, as the models call them. One implementation per kind of device.
 
-Shape legend: T tokens of the step over all slices, E hidden, H query heads, K kv heads, D head_dim, F ff.
+Shape legend: T tokens of the step over all slices, E hidden, H query heads, K kv heads, S = H + 2K, D head_dim,
+F ff, V vocabulary, N blocks, L layers, B tokens of a block.
+
+Life of an implementation: it is made with (ModelConfig, device, max_positions); the loader hands it every
+weight through `linear` and `vector`; then the pool is allocated (with what memory is left) and `bind_pool` is
+called once; from then on steps run: `plan` once per step, the rest per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pdserve.core.ids import BlockId
@@ -24,17 +30,52 @@ class SliceMeta:
     start: int
     """Position of its first new token in the sequence."""
     blocks: list[BlockId]
+    """Covers at least start + length tokens; may be longer."""
 
 
-class AttentionPlan(Protocol):
-    """Whatever a device prepares once per step and reuses in every layer (index tensors, splits)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QKNorm:
+    """Weights of Qwen3's RMSNorm over each head of q and of k, as `ModelOps.vector` returned them."""
+
+    q_D: Tensor
+    k_D: Tensor
+    eps: float
+
+
+class Linear(Protocol):
+    """y = x @ weight.T + bias, with the weight in whatever form is fastest on this device."""
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """x and the result have the activation dtype of the ops that made this."""
+        ...
 
 
 class ModelOps(Protocol):
-    """Device operations. All are called under `torch.inference_mode`."""
+    """Device operations. Steps are called under `torch.inference_mode`.
 
-    def plan(self, slices: Sequence[SliceMeta]) -> AttentionPlan:
-        """Prepare a step; slices are in row order and cover the T rows without gaps."""
+    Activations that the model passes around (embeddings, residual, results of every method) have dtype
+    `activation_dtype`; the pool has the dtype of the cache group and may differ.
+    """
+
+    @property
+    def activation_dtype(self) -> torch.dtype: ...
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
+        """Prepare a projection. The weight is in the model's dtype, on the CPU or on the device, and may be a
+        read-only view of a mapped file; it may be kept or repacked, never written to."""
+        ...
+
+    def vector(self, weight: Tensor) -> Tensor:
+        """A norm weight in the form that `rms_norm` wants."""
+        ...
+
+    def bind_pool(self, pool_NL2KBD: Tensor) -> None:
+        """Give the KV pool whose blocks the plans will name. Called once."""
+        ...
+
+    def plan(self, slices: Sequence[SliceMeta]) -> Any:
+        """Prepare a step (index tensors, rotary factors, splits); reused by every layer of that step, opaque to
+        the model. Slices are in row order and cover the T rows without gaps."""
         ...
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor: ...
@@ -43,16 +84,27 @@ class ModelOps(Protocol):
         """`residual += x` in place, then the norm of it."""
         ...
 
-    def rope_and_write(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layer: int, plan: AttentionPlan
-    ) -> Tensor:
-        """Rotate q and k, write k and v of the new tokens into the pool; returns rotated q [T, H, D]."""
+    def rope_and_write(self, qkv_TSD: Tensor, layer: int, plan: Any, qk_norm: QKNorm | None) -> Tensor:
+        """Norm (if given) and rotate q and k, write k and v of the new tokens into the pool.
+
+        qkv_TSD is contiguous: H query heads, then K key heads, then K value heads per token; it may be
+        overwritten. Rotation pairs dimension i with i + D/2 (Hugging Face's `rotate_half`).
+        Returns rotated q [T, H, D], which may be a view of qkv.
+        """
         ...
 
-    def attention(self, q_THD: Tensor, layer: int, plan: AttentionPlan) -> Tensor:
-        """Causal attention of the new tokens over the pool (new KV is written already); [T, H, D]."""
+    def attention(self, q_THD: Tensor, layer: int, plan: Any) -> Tensor:
+        """Causal attention of the new tokens over the pool (new KV is written already); [T, H, D].
+
+        The scale is D ** -0.5. With a sliding window W a token at position p sees (p - W, p].
+        """
         ...
 
     def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
-        """silu(gate) * up of a fused projection; [T, F]."""
+        """silu(gate) * up of a fused projection, gate first; [T, F]."""
+        ...
+
+    def layers_done(self) -> None:
+        """Return when the KV of all layers issued so far is in the pool, readable by other devices (on a GPU:
+        wait for an event). Called before a transfer may read it."""
         ...
