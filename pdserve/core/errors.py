@@ -21,6 +21,7 @@ PdServeError
 │   └── ShapeMismatch
 ├── ConfigError               configuration or command line: says what to change
 ├── ProtocolError             a frame or message that cannot be decoded
+├── NoValidToken              logits that are not numbers, or every token masked
 ├── IllegalTransition         a phase change outside the table: our own bug
 └── InvariantViolated         blocks not conserved, double free, reuse under write: our own bug
 """
@@ -181,6 +182,10 @@ class ConfigError(PdServeError):
 
 class ProtocolError(PdServeError):
     code = ErrorCode.FAILED_PRECONDITION
+
+
+class NoValidToken(PdServeError):
+    """A row of logits from which no token can be drawn; only its own request ends."""
 
 
 class IllegalTransition(PdServeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from pdserve.core.errors import PdServeError
 from pdserve.core.ids import BlockId
 from pdserve.core.sampling import SamplingParams, TokenLogprobs
 
@@ -52,3 +53,16 @@ class SampleRequest:
 class Sampled:
     token: int
     logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFailed:
+    """This row has no next token (its logits are not numbers, or every token is masked).
+
+    Its request ends with `error`; the other rows of the batch are sound.
+    """
+
+    error: PdServeError
+
+
+SampleResult = Sampled | SampleFailed
