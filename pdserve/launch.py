@@ -1,1 +1,257 @@
-"""Composition root: the one place that reads the environment and starts Ray."""
+"""Composition root: the one place that reads the environment and puts the parts of a deployment together.
+
+`deployed` is a whole service: Ray, workers, supervisor and coordinator, started in order, and ended in
+reverse with a bound whatever happened in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import uvloop
+from coordinator.models import ServedModel
+from coordinator.service import Coordinator
+
+from pdserve.cluster.placement import PlacementPlan, plan_placement
+from pdserve.cluster.ray_host import RayHost
+from pdserve.cluster.ray_session import RaySession, close_session, open_session
+from pdserve.cluster.supervisor import Supervisor
+from pdserve.core.config import ServeConfig
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import WorkerId
+from pdserve.models.store import resolve
+from pdserve.worker.hosting import Progress
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_WORKER_ENV: Final = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Set for this process and every worker, unless they are set already. Weights come from the model store."""
+STOP_GRACE_S: Final = 5.0
+"""Each stage of stopping (requests, workers, Ray) gets at most this long."""
+_SILENCE_PER_HEARTBEAT_TIMEOUT: Final = 2.0
+"""The coordinator stops using a silent worker first; the supervisor then replaces its process."""
+
+
+class Report(Protocol):
+    """Told of every step that takes time: of what, in words, and how far in [0, 1] when that is known."""
+
+    def __call__(self, what: str, text: str, fraction: float | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What the process environment says that matters here."""
+
+    cuda_visible_devices: str | None
+    cuda_allocator: str
+    """PyTorch's allocator settings for CUDA."""
+    ray_auth_token: str | None
+    ray_auth_token_path: str | None
+    ray_address: str | None
+
+
+def read_environment() -> Environment:
+    get = os.environ.get
+    return Environment(
+        cuda_visible_devices=get("CUDA_VISIBLE_DEVICES"),
+        cuda_allocator=get("PYTORCH_ALLOC_CONF") or get("PYTORCH_CUDA_ALLOC_CONF") or "",
+        ray_auth_token=get("RAY_AUTH_TOKEN"),
+        ray_auth_token_path=get("RAY_AUTH_TOKEN_PATH"),
+        ray_address=get("RAY_ADDRESS"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A running service."""
+
+    config: ServeConfig
+    model: str
+    """The name clients ask for."""
+    grpc: str
+    metrics_port: int
+    dashboard_url: str | None
+    dashboard_token_file: Path | None
+    """The dashboard asks for what is in this file."""
+    plan: PlacementPlan
+    coordinator: Coordinator
+    supervisor: Supervisor
+
+
+@contextlib.asynccontextmanager
+async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deployment]:
+    """Start everything `config` asks for; on leaving, end all of it. Run it on the main thread.
+
+    Raises `ConfigError`, `CheckpointError`, `ModelNotFound` or `WorkerLost` when it cannot start; nothing is
+    left running then.
+    """
+    environment = read_environment()
+    _refuse_slow_allocator(environment)
+    _require_free_port("coordinator.port (--port)", config.coordinator.host, config.coordinator.port)
+    model_dir = await resolve_model(config, report)
+    served = ServedModel.from_dir(
+        model_dir, name=config.model.served_model_name, max_model_len=config.model.max_model_len
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        session = _start_ray(config, environment, report)
+        stack.callback(close_session, session, grace_s=STOP_GRACE_S)
+        plan = plan_placement(config, session.nodes())
+        host = RayHost(session, plan, config, model_dir, _worker_progress(report))
+        await host.reserve()
+        stack.callback(host.release)
+        coordinator = Coordinator(config, [served])
+        supervisor = Supervisor(
+            host,
+            _CoordinatorRegistry(coordinator, served.name),
+            plan.slots,
+            ping_timeout_s=_SILENCE_PER_HEARTBEAT_TIMEOUT * config.coordinator.heartbeat_timeout_s,
+        )
+        stack.push_async_callback(supervisor.stop, STOP_GRACE_S)
+        endpoints = await coordinator.start()
+        stack.push_async_callback(coordinator.stop, STOP_GRACE_S)
+        await supervisor.start()
+        yield Deployment(
+            config=config,
+            model=served.name,
+            grpc=endpoints.grpc,
+            metrics_port=endpoints.metrics_port,
+            dashboard_url=session.dashboard_url,
+            dashboard_token_file=_write_token(session) if session.local else None,
+            plan=plan,
+            coordinator=coordinator,
+            supervisor=supervisor,
+        )
+
+
+async def resolve_model(config: ServeConfig, report: Report) -> Path:
+    """The Hugging Face directory of the configured model, fetched and converted on first use."""
+
+    def progress(fraction: float, text: str) -> None:
+        report("model", text, fraction)
+
+    report("model", f"looking for {config.model.model}")
+    return await asyncio.to_thread(resolve, config.model.model, progress=progress)
+
+
+def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run `main` to its end, or until SIGINT, SIGTERM or SIGHUP cancels it: then raise KeyboardInterrupt.
+
+    A second signal ends the process at once; the kernel takes a local cluster along.
+    """
+
+    async def guarded() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        received: list[int] = []
+
+        def on_signal(number: int) -> None:
+            if received:
+                os._exit(128 + number)
+            received.append(number)
+            task.cancel()
+
+        for name in _STOP_SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(name, on_signal, name)
+        try:
+            return await main()
+        except asyncio.CancelledError:
+            if received:
+                raise KeyboardInterrupt from None
+            raise
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(guarded())
+
+
+def _start_ray(config: ServeConfig, environment: Environment, report: Report) -> RaySession:
+    local = config.cluster.address == "local"
+    report("ray", "starting Ray on this machine" if local else f"joining Ray at {config.cluster.address}")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for name, value in _WORKER_ENV.items():
+        os.environ.setdefault(name, value)
+    if local and environment.ray_auth_token is None and environment.ray_auth_token_path is None:
+        # Ray would write a token into the home directory, for every cluster of this user, and say so.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    workers = config.prefill.workers + config.decode.workers
+    needed = workers * (config.cluster.cpus_per_worker or 1)
+    return open_session(
+        config.cluster,
+        num_cpus=max(usable_cores(), needed),
+        worker_env={n: os.environ[n] for n in _WORKER_ENV},
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; a container often gets fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _write_token(session: RaySession) -> Path | None:
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    if token is None or session.dashboard_url is None:
+        return None
+    path = session.run_dir / "dashboard-token"
+    path.touch(mode=0o600)
+    path.write_text(token)
+    return path
+
+
+def _worker_progress(report: Report) -> Callable[[WorkerId, Progress], None]:
+    return lambda worker, progress: report(str(worker), progress.text, progress.fraction)
+
+
+def _refuse_slow_allocator(environment: Environment) -> None:
+    if "expandable_segments:true" in environment.cuda_allocator.lower().replace(" ", ""):
+        raise ConfigError(
+            "PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, which makes KV transfers between GPUs "
+            "hundreds of times slower; unset it"
+        )
+
+
+def _require_free_port(knob: str, host: str, port: int) -> None:
+    """Fail in a millisecond rather than after Ray and the model have started."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{knob}: cannot listen on {host}:{port}: {error.strerror}; choose another"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _CoordinatorRegistry:
+    """The coordinator as the supervisor sees it."""
+
+    coordinator: Coordinator
+    model: str
+
+    async def add(self, address: str) -> None:
+        await self.coordinator.add_worker(address, model=self.model)
+
+    async def remove(self, worker: WorkerId, why: str) -> None:
+        await self.coordinator.remove_worker(worker, why)

@@ -113,8 +113,8 @@ class ClusterSettings(_Frozen):
     """`local` starts Ray on this machine; `auto` or host:port joins a running cluster."""
     accelerator_type: str | None = None
     """As Ray names it (H100, H200, A100); None takes any GPU, or the CPU where there is none."""
-    gpus_per_worker: Annotated[int, Field(ge=0)] | None = None
-    """None: 1 where the cluster has GPUs, else 0."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """None: 1 where the cluster has enough GPUs, a share where it has fewer, 0 where it has none."""
     cpus_per_worker: PositiveInt | None = None
     """None: the machine's cores divided among the workers."""
     dashboard: bool = True

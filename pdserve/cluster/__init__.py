@@ -1,0 +1,1 @@
+"""Where workers run: placement, Ray actors, and the supervisor that recreates the ones that die."""

@@ -1,0 +1,197 @@
+"""Which worker gets what: pure arithmetic over the nodes of a cluster, before Ray is asked for anything.
+
+Ray lets a placement that cannot be met wait for ever, silently; so everything that can be known beforehand is
+checked here, and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pdserve.core.config import ServeConfig
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import WorkerId
+from pdserve.core.messages import Role
+
+_ACCELERATOR_PREFIX: Final = "accelerator_type:"
+_ACCELERATOR_SHARE: Final = 0.001
+"""Ray's convention: asking for a sliver of `accelerator_type:X` places on a node that has X."""
+_MAX_CPUS_PER_GPU_WORKER: Final = 8
+"""A GPU worker's host side is one compute loop and one transfer thread; more cores do nothing for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One machine of the cluster, as Ray counts it."""
+
+    id: str
+    host: str
+    cpus: int
+    gpus: float = 0.0
+    accelerator_types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSlot:
+    """One worker to be placed: bundle `index` of its role's placement group."""
+
+    worker: WorkerId
+    role: Role
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementPlan:
+    """Every worker of a deployment and what each asks of Ray."""
+
+    prefill: tuple[WorkerSlot, ...]
+    decode: tuple[WorkerSlot, ...]
+    cpus_per_worker: int
+    gpus_per_worker: float
+    accelerator_type: str | None
+
+    @property
+    def slots(self) -> tuple[WorkerSlot, ...]:
+        return self.prefill + self.decode
+
+    @property
+    def uses_gpus(self) -> bool:
+        return self.gpus_per_worker > 0
+
+    @property
+    def workers_per_gpu(self) -> int:
+        """How many workers share one GPU; 1 unless a worker asks for a fraction."""
+        return int(1 / self.gpus_per_worker) if 0 < self.gpus_per_worker < 1 else 1
+
+    def bundle(self) -> dict[str, float]:
+        """What one worker reserves in its placement group."""
+        wanted: dict[str, float] = {"CPU": float(self.cpus_per_worker)}
+        if self.uses_gpus:
+            wanted["GPU"] = self.gpus_per_worker
+        if self.accelerator_type is not None:
+            wanted[_ACCELERATOR_PREFIX + self.accelerator_type] = _ACCELERATOR_SHARE
+        return wanted
+
+
+def node_from_resources(node_id: str, host: str, resources: Mapping[str, float]) -> Node:
+    """A `Node` from Ray's resource map of one machine."""
+    return Node(
+        id=node_id,
+        host=host,
+        cpus=int(resources.get("CPU", 0)),
+        gpus=resources.get("GPU", 0.0),
+        accelerator_types=tuple(
+            sorted(
+                name.removeprefix(_ACCELERATOR_PREFIX)
+                for name in resources
+                if name.startswith(_ACCELERATOR_PREFIX)
+            )
+        ),
+    )
+
+
+def plan_placement(config: ServeConfig, nodes: Sequence[Node]) -> PlacementPlan:
+    """Divide the cluster among the workers, or raise `ConfigError` that says what is missing."""
+    prefill = tuple(_slot(Role.PREFILL, index) for index in range(config.prefill.workers))
+    decode = tuple(_slot(Role.DECODE, index) for index in range(config.decode.workers))
+    num_workers = len(prefill) + len(decode)
+    wanted_type = config.cluster.accelerator_type
+    if wanted_type is not None:
+        nodes = _nodes_with(wanted_type, nodes)
+    gpus = _gpus_per_worker(config, num_workers, nodes)
+    if wanted_type is not None and gpus == 0:
+        raise ConfigError(
+            f"cluster.accelerator_type is {wanted_type}, but cluster.gpus_per_worker is 0; remove one"
+        )
+    plan = PlacementPlan(
+        prefill=prefill,
+        decode=decode,
+        cpus_per_worker=_cpus_per_worker(config, num_workers, nodes, on_gpu=gpus > 0),
+        gpus_per_worker=gpus,
+        accelerator_type=wanted_type,
+    )
+    _require_room(plan, nodes)
+    return plan
+
+
+def core_slots(
+    plan: PlacementPlan, node_of: Mapping[WorkerId, str], nodes: Sequence[Node]
+) -> dict[WorkerId, tuple[int, ...]]:
+    """The cores each CPU worker pins, as indices into the cores its process may use; () pins nothing.
+
+    Workers of one node get disjoint cores while there are enough, then share them in turn. GPU workers are
+    left to the operating system.
+    """
+    if plan.uses_gpus:
+        return {slot.worker: () for slot in plan.slots}
+    cores = {node.id: max(1, node.cpus) for node in nodes}
+    taken: dict[str, int] = {}
+    pinned: dict[WorkerId, tuple[int, ...]] = {}
+    for slot in plan.slots:
+        node = node_of[slot.worker]
+        first = taken.get(node, 0)
+        taken[node] = first + plan.cpus_per_worker
+        wanted = range(first, first + min(plan.cpus_per_worker, cores[node]))
+        pinned[slot.worker] = tuple(sorted({core % cores[node] for core in wanted}))
+    return pinned
+
+
+def _slot(role: Role, index: int) -> WorkerSlot:
+    return WorkerSlot(worker=WorkerId(f"{role.value}-{index}"), role=role, index=index)
+
+
+def _nodes_with(accelerator: str, nodes: Sequence[Node]) -> list[Node]:
+    having = [node for node in nodes if accelerator in node.accelerator_types]
+    if not having:
+        found = sorted({name for node in nodes for name in node.accelerator_types})
+        raise ConfigError(
+            f"cluster.accelerator_type: wanted {accelerator}, the cluster has {', '.join(found) or 'none'}; "
+            "remove it to take any GPU, or the CPU where there is none"
+        )
+    return having
+
+
+def _gpus_per_worker(config: ServeConfig, num_workers: int, nodes: Sequence[Node]) -> float:
+    total = sum(node.gpus for node in nodes)
+    asked = config.cluster.gpus_per_worker
+    if asked is not None:
+        if asked * num_workers > total + 1e-9:
+            raise ConfigError(
+                f"{num_workers} workers want {asked:g} GPUs each, the cluster has {total:g}; start fewer "
+                "workers, or let them share: cluster.gpus_per_worker below 1"
+            )
+        return asked
+    if total == 0:
+        return 0.0
+    if total >= num_workers:
+        return 1.0
+    per_gpu = -(-num_workers // int(total))
+    return 1.0 / per_gpu
+
+
+def _cpus_per_worker(config: ServeConfig, num_workers: int, nodes: Sequence[Node], *, on_gpu: bool) -> int:
+    if config.cluster.cpus_per_worker is not None:
+        return config.cluster.cpus_per_worker
+    share = max(1, sum(node.cpus for node in nodes) // num_workers)
+    if on_gpu:
+        return min(share, _MAX_CPUS_PER_GPU_WORKER)
+    # A worker lives on one node: a share of the whole cluster may be more than any node has.
+    return min(share, max(1, max(node.cpus for node in nodes)))
+
+
+def _require_room(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
+    """Whether whole workers fit on the nodes, first fit; a worker never spans two."""
+    left = len(plan.slots)
+    for node in nodes:
+        fits = node.cpus // plan.cpus_per_worker
+        if plan.uses_gpus:
+            fits = min(fits, int(node.gpus / plan.gpus_per_worker + 1e-9))
+        left -= fits
+    if left > 0:
+        have = ", ".join(f"{node.host}: {node.cpus} CPUs, {node.gpus:g} GPUs" for node in nodes)
+        raise ConfigError(
+            f"{len(plan.slots)} workers want {plan.cpus_per_worker} CPUs and {plan.gpus_per_worker:g} GPUs "
+            f"each; {left} of them fit nowhere ({have}); start fewer, or lower cluster.cpus_per_worker"
+        )

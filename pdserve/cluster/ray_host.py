@@ -1,0 +1,273 @@
+"""Workers as Ray actors: placement groups, named actors, and how their deaths are noticed.
+
+`max_restarts=0` on purpose: Ray then reports a death in 10 ms; with restarts of its own it takes over a
+second, and nobody would tell the coordinator. The supervisor makes the successor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import remove_placement_group as remove_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from decode.actor import DecodeActor
+from pdserve.cluster.placement import PlacementPlan, WorkerSlot, core_slots
+from pdserve.cluster.ray_session import NAMESPACE, RaySession
+from pdserve.core.config import CacheSettings, ServeConfig
+from pdserve.core.errors import ConfigError, WorkerLost
+from pdserve.core.ids import WorkerId
+from pdserve.core.messages import Role
+from pdserve.worker.hosting import HostedWorker, NotStarted, Progress, Started, StartStep
+from pdserve.worker.spec import WorkerSpec
+from prefill.actor import PrefillActor
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[WorkerId, Progress], None]
+
+_ACTOR_OF: Final[dict[Role, type[HostedWorker]]] = {Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}
+_ACTOR_THREADS: Final = 8
+"""`start` and `wait` hold one each; the rest answer pings and snapshots."""
+_NAME_RELEASE_S: Final = 10.0
+_KILL_WAIT_S: Final = 10.0
+_LOG_TAIL_LINES: Final = 8
+
+
+class RayHost:
+    """Places the workers of one deployment. `reserve` first, then `launch` any slot any number of times."""
+
+    def __init__(
+        self,
+        session: RaySession,
+        plan: PlacementPlan,
+        config: ServeConfig,
+        model_dir: Path,
+        on_progress: OnProgress,
+    ) -> None:
+        self._session, self._plan, self._config = session, plan, config
+        self._model_dir, self._on_progress = model_dir, on_progress
+        self._groups: dict[Role, PlacementGroup] = {}
+        self._node_of: dict[WorkerId, str] = {}
+        self._pinned: dict[WorkerId, tuple[int, ...]] = {}
+
+    async def reserve(self) -> None:
+        """Make a placement group for prefill and one for decode. Raises `ConfigError` without room."""
+        timeout_s = self._config.cluster.start_timeout_s
+        for role, slots in ((Role.PREFILL, self._plan.prefill), (Role.DECODE, self._plan.decode)):
+            if not slots:
+                continue
+            group = placement_group(
+                [self._plan.bundle() for _ in slots], strategy="PACK", name=f"{NAMESPACE}-{role.value}"
+            )
+            self._groups[role] = group
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await group.ready()
+            except TimeoutError:
+                raise ConfigError(
+                    f"the cluster had no room for {len(slots)} {role.value} workers of {self._plan.bundle()} "
+                    f"within {timeout_s:g} s; free some, or start fewer"
+                ) from None
+            nodes: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
+            self._node_of |= {slot.worker: nodes[slot.index] for slot in slots}
+        self._pinned = core_slots(self._plan, self._node_of, self._session.nodes())
+
+    def release(self) -> None:
+        """Give the placement groups back."""
+        for group in self._groups.values():
+            remove_group(group)
+        self._groups.clear()
+
+    async def launch(self, slot: WorkerSlot, epoch: int) -> RayWorker:
+        """Start one worker and wait until it listens. Raises `WorkerLost` or what the worker reported."""
+        spec = self._spec(slot, epoch)
+        actor = await self._create(slot, spec)
+        worker = RayWorker(slot.worker, actor, self._node_of[slot.worker], self._session)
+        try:
+            async with asyncio.timeout(self._config.cluster.start_timeout_s):
+                await worker.start(self._on_progress)
+        except TimeoutError:
+            await worker.kill()
+            raise WorkerLost(
+                slot.worker, f"not ready within {self._config.cluster.start_timeout_s:g} s"
+            ) from None
+        except BaseException:
+            await worker.kill()
+            raise
+        return worker
+
+    def _spec(self, slot: WorkerSlot, epoch: int) -> WorkerSpec:
+        return WorkerSpec(
+            worker=slot.worker,
+            role=slot.role,
+            epoch=epoch,
+            config=worker_config(self._config, self._plan),
+            model_dir=self._model_dir,
+            listen=self._listen(slot, epoch),
+            device="cuda:0" if self._plan.uses_gpus else "cpu",
+            num_threads=None if self._plan.uses_gpus else max(1, len(self._pinned[slot.worker])),
+        )
+
+    def _listen(self, slot: WorkerSlot, epoch: int) -> str:
+        """A unix socket while every worker is on our own machine, else TCP on the worker's address."""
+        if set(self._node_of.values()) == {self._session.node_id}:
+            return f"unix:{self._session.run_dir}/{slot.worker}.{epoch}.sock"
+        hosts = {node.id: node.host for node in self._session.nodes()}
+        return f"tcp:{hosts[self._node_of[slot.worker]]}:0"
+
+    async def _create(self, slot: WorkerSlot, spec: WorkerSpec) -> Any:
+        options = ray.remote(_ACTOR_OF[slot.role]).options(
+            name=slot.worker,
+            max_restarts=0,
+            max_concurrency=_ACTOR_THREADS,
+            num_cpus=self._plan.cpus_per_worker,
+            num_gpus=self._plan.gpus_per_worker,
+            accelerator_type=self._plan.accelerator_type,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self._groups[slot.role], placement_group_bundle_index=slot.index
+            ),
+        )
+        deadline = asyncio.get_running_loop().time() + _NAME_RELEASE_S
+        while True:
+            try:
+                return options.remote(spec, self._pinned[slot.worker])
+            except ValueError as error:
+                # The name of a dead actor is free a moment after its death is known, and nothing tells when.
+                if asyncio.get_running_loop().time() > deadline:
+                    raise WorkerLost(slot.worker, f"another {NAMESPACE} runs here: {error}") from error
+                await asyncio.sleep(0.05)
+
+
+def worker_config(config: ServeConfig, plan: PlacementPlan) -> ServeConfig:
+    """The config a worker gets: GPU memory is divided among the workers that share a GPU."""
+    if plan.workers_per_gpu == 1:
+        return config
+    share = config.cache.gpu_memory_utilization / plan.workers_per_gpu
+    cache: CacheSettings = config.cache.model_copy(update={"gpu_memory_utilization": share})
+    return config.model_copy(update={"cache": cache})
+
+
+@dataclass(slots=True)
+class RayWorker:
+    """One incarnation of a worker, seen from the launcher."""
+
+    worker: WorkerId
+    actor: Any
+    node: str
+    session: RaySession
+    address: str = ""
+    pid: int = 0
+    pidfd: int | None = None
+    """Only for a process on this machine: signals through it cannot hit a successor of the pid."""
+    _wait: Any = field(default=None)
+
+    async def start(self, on_progress: OnProgress) -> None:
+        """Run the worker's `start`, reporting its steps; afterwards `address` is set."""
+        async for step in self._steps():
+            match step:
+                case Progress():
+                    on_progress(self.worker, step)
+                case NotStarted(error=error, message=message):
+                    raise WorkerLost(self.worker, f"{error}: {message}")
+                case Started(address=address, pid=pid):
+                    self.address, self.pid = address, pid
+        if self.node == self.session.node_id and hasattr(os, "pidfd_open"):
+            self.pidfd = os.pidfd_open(self.pid)
+        self._wait = self.actor.wait.remote()
+
+    async def died(self) -> str:
+        try:
+            return str(await self._wait)
+        except ray.exceptions.RayError as error:
+            return self._explain(error)
+
+    async def ping(self) -> None:
+        try:
+            await self.actor.ping.remote()
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(self.worker, self._explain(error)) from error
+
+    async def stop(self, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.actor.stop.remote()
+                await self.died()
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            log.warning("%s did not stop in %.1f s: %s", self.worker, grace_s, _first_line(error))
+        await self.kill()
+
+    async def kill(self) -> None:
+        ray.kill(self.actor, no_restart=True)
+        if self.pidfd is None:
+            return
+        pidfd, self.pidfd = self.pidfd, None
+        try:
+            # Ray asks the process to end itself; one that is stopped (SIGSTOP) would never hear.
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            async with asyncio.timeout(_KILL_WAIT_S):
+                await _readable(pidfd)
+        except ProcessLookupError:
+            pass
+        except TimeoutError:
+            log.error("%s: process %d survives SIGKILL", self.worker, self.pid)
+        finally:
+            os.close(pidfd)
+
+    async def _steps(self) -> AsyncIterator[StartStep]:
+        try:
+            async for ref in self.actor.start.options(num_returns="streaming").remote():
+                step: StartStep = await ref
+                yield step
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(self.worker, self._explain(error)) from error
+
+    def _explain(self, error: BaseException) -> str:
+        """One line of why, and the last lines the process wrote where they are on this machine."""
+        if isinstance(error, ray.exceptions.RayTaskError):
+            cause = error.cause
+            return f"{type(cause).__name__}: {cause}"
+        why = f"process {self.pid or '(starting)'} ended"
+        if "SIGKILL" in str(error) or "OOM" in str(error).partition("Some common causes")[0]:
+            why += ", killed"
+        tail = _log_tail(self.session.log_dir, self.pid)
+        return f"{why}; it last wrote:\n{tail}" if tail else why
+
+
+def _log_tail(log_dir: Path | None, pid: int) -> str:
+    if log_dir is None or not pid:
+        return ""
+    lines: list[str] = []
+    for path in log_dir.glob(f"worker-*-{pid}.err"):
+        lines += path.read_text(errors="replace").splitlines()
+    # Ray's own marks begin with a colon.
+    return "\n".join([line for line in lines if not line.startswith(":")][-_LOG_TAIL_LINES:])
+
+
+async def _readable(fd: int) -> None:
+    """Wait until `fd` is readable: for a pidfd, until its process has ended."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def on_readable() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(fd, on_readable)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,130 @@
+"""One connection to Ray: a cluster started on this machine and ended with us, or one that was there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import ray
+
+from pdserve.cluster.placement import Node, node_from_resources
+from pdserve.core.config import ClusterSettings
+from pdserve.core.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+NAMESPACE: Final = "pdserve"
+_OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024
+"""KV and tokens travel elsewhere; the object store carries start-up messages only."""
+_RUN_ROOT: Final = "/tmp"
+"""Unix socket paths end at 107 bytes, and Ray adds 60 to this one: TMPDIR may be too deep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RaySession:
+    """A live connection. `run_dir` holds our sockets and, when local, everything Ray writes."""
+
+    local: bool
+    run_dir: Path
+    log_dir: Path | None
+    """Where this machine's Ray processes log."""
+    dashboard_url: str | None
+    node_id: str
+    """Of the node this process runs on."""
+    children: tuple[psutil.Process, ...] = ()
+    """Processes that the session started; all are gone after `close_session`."""
+
+    def nodes(self) -> list[Node]:
+        """The living machines of the cluster."""
+        return [
+            node_from_resources(entry["NodeID"], entry["NodeManagerAddress"], entry["Resources"])
+            for entry in ray.nodes()  # type: ignore[no-untyped-call]  # Ray's own gap
+            if entry["Alive"]
+        ]
+
+
+def open_session(
+    settings: ClusterSettings, *, num_cpus: int, worker_env: Mapping[str, str] | None = None
+) -> RaySession:
+    """Start or join a Ray cluster; blocks for 3 to 10 seconds. Raises `ConfigError` when none answers.
+
+    Call it from the main thread: Ray's processes end with the thread that started them.
+    `worker_env`: set for workers on a joined cluster; a local one inherits ours.
+    """
+    local = settings.address == "local"
+    before = {child.pid for child in psutil.Process().children()}
+    run_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir=_RUN_ROOT))
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        context: Any = ray.init(**_init_arguments(settings, run_dir, num_cpus, worker_env or {}))
+    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        shutil.rmtree(run_dir, ignore_errors=True)
+        what = "Ray did not start here" if local else f"no Ray cluster answers at {settings.address}"
+        raise ConfigError(f"cluster.address: {what}: {_first_line(error)}") from error
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it over
+    address: Any = context.address_info
+    children = psutil.Process().children(recursive=True) if local else []
+    return RaySession(
+        local=local,
+        run_dir=run_dir,
+        log_dir=Path(address["session_dir"]) / "logs",
+        dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
+        node_id=address["node_id"],
+        children=tuple(child for child in children if child.pid not in before),
+    )
+
+
+def close_session(session: RaySession, *, grace_s: float) -> None:
+    """Leave the cluster; end every process and remove every file of a local one. Never raises for those."""
+    started = set(session.children)
+    if session.local:
+        # Workers came later than the session, as children of its raylet.
+        for child in session.children:
+            try:
+                started.update(child.children(recursive=True))
+            except psutil.NoSuchProcess:
+                continue
+    ray.shutdown()
+    _, alive = psutil.wait_procs(started, timeout=grace_s)
+    for process in alive:
+        log.warning("process %d outlived Ray by %.0f s; killed", process.pid, grace_s)
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=grace_s)
+    shutil.rmtree(session.run_dir, ignore_errors=True)
+
+
+def _init_arguments(
+    settings: ClusterSettings, run_dir: Path, num_cpus: int, worker_env: Mapping[str, str]
+) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "address": settings.address,
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if settings.address != "local":
+        return common | {"runtime_env": {"env_vars": dict(worker_env)}}
+    return common | {
+        "num_cpus": num_cpus,
+        "include_dashboard": settings.dashboard,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": settings.dashboard_port,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_temp_dir": str(run_dir),
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

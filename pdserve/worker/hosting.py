@@ -1,0 +1,168 @@
+"""A worker inside its process: pins cores, loads the model while telling how far it is, then runs.
+
+`prefill.actor` and `decode.actor` are this with one function filled in. Nothing here knows Ray: the launcher
+makes actors of these classes, and tests call them directly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pdserve.core.errors import PdServeError, WorkerLost
+from pdserve.core.messages import Heartbeat, WorkerInfo
+from pdserve.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from pdserve.engine.build import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a worker is on its way to serving."""
+
+    fraction: float
+    """In [0, 1]."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The worker listens at `address`."""
+
+    address: str
+    pid: int
+    pinned_cores: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotStarted:
+    """A typed error ended the start. Sent as data: exceptions with arguments do not survive every pickle."""
+
+    error: str
+    message: str
+
+
+StartStep = Progress | Started | NotStarted
+
+
+class Running(Protocol):
+    """What `start_prefill_worker` and `start_decode_worker` return."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def info(self) -> WorkerInfo: ...
+    def wait(self) -> None: ...
+    def stop(self) -> None: ...
+    def snapshot(self) -> Heartbeat: ...
+
+
+class HostedWorker(ABC):
+    """One worker process. `start` once; `wait` blocks for its whole life; the others answer at once."""
+
+    def __init__(self, spec: WorkerSpec, core_slots: Sequence[int] = ()) -> None:
+        self._spec, self._core_slots = spec, tuple(core_slots)
+        self._running: Running | None = None
+
+    def __repr__(self) -> str:
+        return str(self._spec.worker)
+
+    @abstractmethod
+    def _serve(self, spec: WorkerSpec, engine: Engine) -> Running:
+        """Start this kind of worker around a loaded engine."""
+
+    def start(self) -> Iterator[StartStep]:
+        """Load the model and begin to listen; yields `Progress`, then `Started` or `NotStarted`."""
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        cores = pin_process(self._core_slots)
+        steps: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
+        failure: list[BaseException] = []
+
+        def load() -> None:
+            try:
+                self._running = self._load(steps)
+            except BaseException as error:  # the caller's thread raises it
+                failure.append(error)
+            finally:
+                steps.put(None)
+
+        # The engine belongs to no thread: loading beside this one lets progress be reported meanwhile.
+        loader = threading.Thread(target=load, name="load-model")
+        loader.start()
+        while (step := steps.get()) is not None:
+            yield step
+        loader.join()
+        match failure:
+            case [PdServeError() as error]:
+                yield NotStarted(error=type(error).__name__, message=str(error))
+            case [error]:
+                raise error
+            case _:
+                yield Started(address=self._require().address, pid=os.getpid(), pinned_cores=cores)
+
+    def info(self) -> WorkerInfo:
+        return self._require().info
+
+    def wait(self) -> str:
+        """Block until the worker was stopped; raises what killed its loops."""
+        self._require().wait()
+        return "stopped"
+
+    def stop(self) -> None:
+        """End the worker's loops; `wait` returns then."""
+        if self._running is not None:
+            self._running.stop()
+
+    def snapshot(self) -> Heartbeat:
+        return self._require().snapshot()
+
+    def ping(self) -> int:
+        """The process id: proof that the process answers."""
+        return os.getpid()
+
+    def _load(self, steps: queue.SimpleQueue[Progress | None]) -> Running:
+        # Here, not at the top: the launcher imports this module, and must not pay for torch.
+        from pdserve.engine.build import build_engine
+
+        spec = self._spec
+        engine = build_engine(
+            spec.model_dir,
+            spec.config.model,
+            spec.config.cache,
+            device=spec.device,
+            num_threads=spec.num_threads,
+            progress=lambda fraction, text: steps.put(Progress(fraction=fraction, text=text)),
+        )
+        steps.put(Progress(fraction=1.0, text="registering memory for transfers"))
+        return self._serve(spec, engine)
+
+    def _require(self) -> Running:
+        if self._running is None:
+            raise WorkerLost(str(self._spec.worker), "it has not started")
+        return self._running
+
+
+def pin_process(core_slots: Sequence[int]) -> tuple[int, ...]:
+    """Bind every thread of this process to some of its cores; returns them. () changes nothing.
+
+    `core_slots` are indices into the cores the process may use, wrapped around where there are fewer.
+    Affinity belongs to threads on Linux: new ones inherit it from their creator, so all present ones are set.
+    """
+    if not core_slots or not hasattr(os, "sched_setaffinity"):
+        return ()
+    allowed = sorted(os.sched_getaffinity(0))
+    cores = {allowed[slot % len(allowed)] for slot in core_slots}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(task.name), cores)
+        except ProcessLookupError:  # the thread ended meanwhile
+            continue
+    return tuple(sorted(cores))

@@ -1,0 +1,109 @@
+"""Which worker gets what, and what is said when there is not enough."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdserve.cluster.placement import Node, core_slots, node_from_resources, plan_placement
+from pdserve.cluster.ray_host import worker_config
+from pdserve.core.config import ClusterSettings, DecodeSettings, PrefillSettings, ServeConfig
+from pdserve.core.errors import ConfigError
+from pdserve.core.ids import WorkerId
+
+
+def config(prefill: int = 1, decode: int = 1, **cluster: object) -> ServeConfig:
+    return ServeConfig(
+        prefill=PrefillSettings(workers=prefill),
+        decode=DecodeSettings(workers=decode),
+        cluster=ClusterSettings.model_validate(cluster),
+    )
+
+
+def node(cpus: int, gpus: float = 0, accelerators: tuple[str, ...] = (), id: str = "n0") -> Node:
+    return Node(id=id, host=f"host-{id}", cpus=cpus, gpus=gpus, accelerator_types=accelerators)
+
+
+def test_two_cores_are_one_for_prefill_and_one_for_decode() -> None:
+    plan = plan_placement(config(), [node(2)])
+    assert plan.cpus_per_worker == 1
+    assert not plan.uses_gpus
+    placed = {slot.worker: "n0" for slot in plan.slots}
+    assert core_slots(plan, placed, [node(2)]) == {"prefill-0": (0,), "decode-0": (1,)}
+
+
+def test_more_workers_than_cores_share_them_in_turn() -> None:
+    plan = plan_placement(config(2, 2, cpus_per_worker=1), [node(4)])
+    two_cores = [node(2)]
+    pinned = core_slots(plan, {slot.worker: "n0" for slot in plan.slots}, two_cores)
+    assert [pinned[slot.worker] for slot in plan.slots] == [(0,), (1,), (0,), (1,)]
+
+
+def test_workers_on_different_nodes_may_pin_the_same_core_numbers() -> None:
+    nodes = [node(4, id="a"), node(4, id="b")]
+    plan = plan_placement(config(1, 1, cpus_per_worker=4), nodes)
+    placed = {WorkerId("prefill-0"): "a", WorkerId("decode-0"): "b"}
+    assert set(core_slots(plan, placed, nodes).values()) == {(0, 1, 2, 3)}
+
+
+def test_colocated_serving_has_no_prefill_group() -> None:
+    plan = plan_placement(config(0, 1), [node(2)])
+    assert plan.prefill == ()
+    assert plan.cpus_per_worker == 2
+
+
+def test_each_worker_takes_a_gpu_where_there_are_enough() -> None:
+    plan = plan_placement(config(2, 2), [node(64, 4)])
+    assert plan.gpus_per_worker == 1
+    assert plan.bundle() == {"CPU": 8.0, "GPU": 1.0}
+    assert core_slots(plan, {slot.worker: "n0" for slot in plan.slots}, [node(64, 4)]) == {
+        slot.worker: () for slot in plan.slots
+    }
+
+
+def test_one_gpu_is_shared_and_so_is_its_memory() -> None:
+    settings = config(1, 1)
+    plan = plan_placement(settings, [node(16, 1)])
+    assert plan.gpus_per_worker == 0.5
+    shared = worker_config(settings, plan).cache.gpu_memory_utilization
+    assert shared == pytest.approx(settings.cache.gpu_memory_utilization / 2)
+
+
+def test_an_accelerator_type_is_asked_for_by_its_ray_resource() -> None:
+    plan = plan_placement(config(accelerator_type="H100"), [node(64, 8, ("H100",)), node(64, 8, ("A100",))])
+    assert plan.bundle() == {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100": 0.001}
+
+
+def test_an_accelerator_type_that_no_node_has_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"wanted H100, the cluster has A100"):
+        plan_placement(config(accelerator_type="H100"), [node(64, 8, ("A100",))])
+    with pytest.raises(ConfigError, match=r"wanted H100, the cluster has none"):
+        plan_placement(config(accelerator_type="H100"), [node(2)])
+
+
+def test_too_many_gpus_are_refused_with_the_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"4 workers want 1 GPUs each, the cluster has 2"):
+        plan_placement(config(2, 2, gpus_per_worker=1), [node(64, 2)])
+
+
+def test_workers_that_fit_on_no_node_are_refused_though_the_total_would_do() -> None:
+    with pytest.raises(ConfigError, match=r"1 of them fit nowhere"):
+        plan_placement(config(1, 1, cpus_per_worker=3), [node(4, id="a"), node(2, id="b")])
+
+
+def test_a_node_is_read_from_what_ray_says() -> None:
+    resources = {"CPU": 16.0, "GPU": 1.0, "accelerator_type:H200": 1.0, "memory": 1e11, "node:10.0.0.1": 1.0}
+    assert node_from_resources("ab", "10.0.0.1", resources) == Node(
+        id="ab", host="10.0.0.1", cpus=16, gpus=1.0, accelerator_types=("H200",)
+    )
+
+
+@given(prefill=st.integers(0, 6), decode=st.integers(1, 6), cores=st.integers(1, 64))
+def test_no_core_has_two_workers_while_cores_are_left(prefill: int, decode: int, cores: int) -> None:
+    logical = max(cores, prefill + decode)
+    plan = plan_placement(config(prefill, decode), [node(logical)])
+    pinned = core_slots(plan, {slot.worker: "n0" for slot in plan.slots}, [node(logical)])
+    used = [core for slots in pinned.values() for core in slots]
+    assert len(used) == len(set(used))
+    assert all(pinned.values())
