@@ -1,0 +1,34 @@
+"""The one place that imports Triton, and gives its decorator a type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+from pdkernels.errors import TritonUnavailable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise TritonUnavailable from missing
+
+__all__ = ["Grid", "Kernel", "jit", "tl", "triton"]
+
+
+Grid = tuple[int, ...]
+
+
+class Kernel(Protocol):
+    """A jitted function: launched as `kernel[grid](...)`, or called by another kernel."""
+
+    __name__: str
+
+    def __getitem__(self, grid: Grid) -> Callable[..., object]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def jit(fn: Callable[..., Any]) -> Kernel:
+    """`triton.jit`. Under TRITON_INTERPRET=1 (set before Triton is imported) kernels run on the CPU."""
+    return cast(Kernel, triton.jit(fn))
