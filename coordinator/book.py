@@ -1,0 +1,67 @@
+"""Everything the registry knows, in one place. Only the registry's own modules change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coordinator.fleet import Fleet
+from coordinator.flight import Attempt, Flight
+from coordinator.pushes import PushLedger
+from coordinator.router import Router
+from coordinator.waiting import WaitingQueue
+from pdserve.core.ids import RequestId, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrySettings:
+    max_queued_requests: int
+    max_attempts: int
+    lease_s: float
+    transfer_deadline_s: float
+    no_workers_wait_s: float = 30.0
+    """How long a request waits for a decode worker to appear (again) while there is none."""
+    settle_wait_s: float = 0.05
+    """How long the end of an answer waits for the figures of its transfer, where they come after it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Book:
+    settings: RegistrySettings
+    router: Router
+    fleet: Fleet = field(default_factory=Fleet)
+    flights: dict[RequestId, Flight] = field(default_factory=dict)
+    waiting: dict[str, WaitingQueue] = field(default_factory=dict)
+    followers: dict[RequestId, list[RequestId]] = field(default_factory=dict)
+    """Samples that wait until the first sample of their prompt has left its KV where they can share it."""
+    pushes: PushLedger = field(default_factory=PushLedger)
+    ending: dict[RequestId, float] = field(default_factory=dict)
+    """Answers whose end waits for the figures of their transfer, and until when."""
+    leased: dict[RequestId, float] = field(default_factory=dict)
+    """Requests whose decode worker awaits KV, and when their lease was renewed last."""
+    no_decode_since: dict[str, float] = field(default_factory=dict)
+    ended_per_s: float = 1.0
+    last_end: float | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self.waiting.values())) + sum(map(len, self.followers.values()))
+
+    def enqueue(self, flight: Flight) -> None:
+        queue = self.waiting.setdefault(flight.request.model, WaitingQueue())
+        queue.push(flight.id, priority=flight.request.priority, order=flight.order)
+
+    def release(self, attempt: Attempt) -> None:
+        """Stop counting an attempt as load of its workers."""
+        for worker in {attempt.decode, attempt.prefill}:
+            state = self.fleet.get(worker)
+            if state is not None:
+                state.release(attempt.id)
+
+    def epochs_up(self) -> dict[WorkerId, int]:
+        return {worker.id: worker.info.epoch for worker in self.fleet if worker.up}
+
+    def count_end(self, now: float) -> None:
+        """Moving average of requests ended per second, for the hint when to come back."""
+        if self.last_end is not None and now > self.last_end:
+            self.ended_per_s += 0.1 * (min(1 / (now - self.last_end), 1e4) - self.ended_per_s)
+        self.last_end = now

@@ -1,0 +1,122 @@
+"""How an attempt is taken back from its workers, tried again, or ended with its request."""
+
+from __future__ import annotations
+
+from coordinator.book import Book
+from coordinator.events import Action, End, Send
+from coordinator.flight import Attempt, Flight
+from pdserve.core.errors import PdServeError, RequestCancelled
+from pdserve.core.ids import WorkerId
+from pdserve.core.lifecycle import Phase
+from pdserve.core.messages import Cancel, FinishReason, PushesSettled
+
+
+def finish(
+    book: Book, flight: Flight, reason: FinishReason, now: float, *, reporter: WorkerId | None
+) -> list[Action]:
+    """The answer is complete. `reporter` ended its own part already and needs no `Cancel`."""
+    withdrawn = withdraw(book, flight, "finished", reporter)
+    return withdrawn + end(book, flight, Phase.FINISHED, reason, now)
+
+
+def stop(book: Book, flight: Flight, now: float) -> list[Action]:
+    """A stop string was found in the text that was streamed so far."""
+    withdrawn = withdraw(book, flight, "stop string", None)
+    # Found while waiting for another attempt, there is nothing left to do for that one.
+    phase = Phase.CANCELLED if flight.record.phase in (Phase.QUEUED, Phase.ADMITTED) else Phase.FINISHED
+    return withdrawn + end(book, flight, phase, FinishReason.STOP, now)
+
+
+def cancel(book: Book, flight: Flight, reason: str, now: float) -> list[Action]:
+    error = RequestCancelled(f"request {flight.id}: {reason}")
+    return withdraw(book, flight, reason, None) + end(book, flight, Phase.CANCELLED, error, now)
+
+
+def fail(book: Book, flight: Flight, error: PdServeError, now: float) -> list[Action]:
+    """End for good."""
+    return withdraw(book, flight, str(error), None) + end(book, flight, Phase.FAILED, error, now)
+
+
+def attempt_failed(
+    book: Book,
+    flight: Flight,
+    error: PdServeError,
+    now: float,
+    *,
+    retryable: bool,
+    reporter: WorkerId | None,
+) -> list[Action]:
+    """A new attempt that starts with the tokens streamed so far, or the end of the request."""
+    if flight.ending is not None:
+        return finish(book, flight, flight.ending, now, reporter=reporter)
+    actions = withdraw(book, flight, str(error), reporter)
+    if not retryable or flight.attempts >= book.settings.max_attempts:
+        return actions + end(book, flight, Phase.FAILED, error, now)
+    if reporter is not None:
+        flight.failed_on.add(reporter)
+    release_followers(book, flight)
+    flight.attempt = None
+    flight.record.attempt += 1
+    flight.record.move_to(Phase.QUEUED, now=now)
+    book.enqueue(flight)
+    return actions
+
+
+def withdraw(book: Book, flight: Flight, why: str, reporter: WorkerId | None) -> list[Action]:
+    """Take the current attempt back from its workers, where anything of it may be left."""
+    attempt = flight.attempt
+    if attempt is None:
+        return []
+    book.release(attempt)
+    book.leased.pop(flight.id, None)
+    if flight.ending is not None:
+        return []  # both workers did all of their work
+    actions: list[Action] = []
+    message = Cancel(attempt=attempt.id, reason=why)
+    decode = book.fleet.up(attempt.decode)
+    if decode is not None and attempt.decode != reporter:
+        actions.append(Send(worker=attempt.decode, message=message))
+    if attempt.prefill is not None:
+        actions += _withdraw_pushes(book, attempt, message, reporter, decode_is_up=decode is not None)
+    return actions
+
+
+def _withdraw_pushes(
+    book: Book, attempt: Attempt, message: Cancel, reporter: WorkerId | None, *, decode_is_up: bool
+) -> list[Action]:
+    prefill = attempt.prefill
+    if prefill is not None and book.pushes.is_open(attempt.id):
+        book.pushes.ended_early(attempt.id)
+        if book.fleet.up(prefill) is not None and prefill != reporter:
+            return [Send(worker=prefill, message=message)]
+    elif decode_is_up and not attempt.kv_arrived:
+        # Never sent to a prefill worker, or all of its pushes are terminal: nothing can land any more.
+        return [Send(worker=attempt.decode, message=PushesSettled(attempt=attempt.id))]
+    return []
+
+
+def end(
+    book: Book, flight: Flight, phase: Phase, outcome: FinishReason | PdServeError, now: float
+) -> list[Action]:
+    """Forget the request; the one place where that happens."""
+    report = flight.report(now)
+    flight.record.move_to(phase, now=now)
+    release_followers(book, flight)
+    del book.flights[flight.id]
+    book.ending.pop(flight.id, None)
+    book.leased.pop(flight.id, None)
+    if flight.request.model in book.waiting:
+        book.waiting[flight.request.model].discard(flight.id)
+    if flight.leader is not None:
+        book.followers[flight.leader].remove(flight.id)
+    book.count_end(now)
+    return [End(request=flight.id, outcome=outcome, report=report)]
+
+
+def release_followers(book: Book, flight: Flight) -> None:
+    """The first sample's KV is where the others can share it, or never will be: let them go."""
+    for request in book.followers.pop(flight.id, ()):
+        follower = book.flights[request]
+        follower.leader = None
+        follower.prefer = None if flight.attempt is None else flight.attempt.placement
+        book.enqueue(follower)

@@ -1,0 +1,133 @@
+"""What happens to the registry, and what it wants done. Plain data; the service performs the actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.report import Report
+from pdserve.core.errors import PdServeError
+from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.messages import Down, FinishReason, Up, WorkerInfo
+from pdserve.core.sampling import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """One sample of one request, validated and tokenised."""
+
+    id: RequestId
+    model: str
+    tokens: list[int]
+    sampling: SamplingParams
+    """With its seed."""
+    eos_token_ids: tuple[int, ...]
+    cache_salt: bytes
+    arrival: float
+    """Wall clock, seconds."""
+    deadline: float
+    """On the registry's clock, seconds."""
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+    priority: int = 0
+    tenant: str = ""
+    first_epoch: int = 0
+    """Epoch of the first attempt. A request that reuses an id starts above every epoch the id ever had."""
+
+
+# --- events -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """The samples of one prompt. The first leads: the others follow it to its workers and prefix caches."""
+
+    samples: tuple[NewRequest, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromWorker:
+    worker: WorkerId
+    epoch: int
+    message: Up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerJoined:
+    info: WorkerInfo
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDown:
+    """Silent or disconnected: nothing more is sent there. Its process may still live, and may still write."""
+
+    worker: WorkerId
+    epoch: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerGone:
+    """Its process has ended for certain: nothing of it can write into another worker any more."""
+
+    worker: WorkerId
+    epoch: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientCancelled:
+    request: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopMatched:
+    """The gateway found a stop string in the text: the request is finished, its worker does not know yet."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time passed: deadlines, leases, waits."""
+
+
+Event = Submit | FromWorker | WorkerJoined | WorkerDown | WorkerGone | ClientCancelled | StopMatched | Tick
+
+# --- actions ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    worker: WorkerId
+    message: Down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emit:
+    """New output of a sample, in order and without repeats over all attempts."""
+
+    request: RequestId
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmitPrompt:
+    """Log-probabilities of the prompt, once, when asked for."""
+
+    request: RequestId
+    logprobs: list[TokenLogprobs | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The last action of a sample, exactly one: finished with a reason, or failed with an error."""
+
+    request: RequestId
+    outcome: FinishReason | PdServeError
+    report: Report
+
+
+Action = Send | Emit | EmitPrompt | End

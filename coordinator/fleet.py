@@ -1,0 +1,142 @@
+"""What the coordinator knows of its workers: who lives, what is placed there, what they said last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from pdserve.core.ids import AttemptId, WorkerId
+from pdserve.core.layout import blocks_for
+from pdserve.core.messages import Heartbeat, Role, WorkerInfo
+
+ASSUMED_TOKENS_PER_S: Final = 1000.0
+"""Prefill speed of a worker that has not told its own yet; only ratios between workers matter."""
+
+
+class Gate(Enum):
+    """Whether a decode worker is offered requests. After a refusal it is tried with one at a time."""
+
+    OPEN = "open"
+    FULL = "full"
+    """Refused for want of room; nothing has been heard of it since."""
+    PROBE = "probe"
+    """Room may have appeared: one request may be on trial."""
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerState:
+    info: WorkerInfo
+    model: str
+    heartbeat: Heartbeat | None = None
+    draining: bool = False
+    up: bool = True
+    """False: silent or disconnected, though its process may live."""
+    gate: Gate = Gate.OPEN
+    unanswered: set[AttemptId] = field(default_factory=set)
+    """Offered with `StartDecode`, neither reserved nor refused yet."""
+    blocks_placed: dict[AttemptId, int] = field(default_factory=dict)
+    prefill_left: dict[AttemptId, int] = field(default_factory=dict)
+    """Prompt tokens not yet computed, per attempt placed here."""
+    tokens_per_s: float = ASSUMED_TOKENS_PER_S
+    _blocks_sum: int = 0
+    _prefill_sum: int = 0
+
+    @property
+    def id(self) -> WorkerId:
+        return self.info.worker
+
+    def takes_decode(self) -> bool:
+        if not self.up or self.draining or self.gate is Gate.FULL:
+            return False
+        return self.gate is Gate.OPEN or not self.unanswered
+
+    def place_decode(self, attempt: AttemptId, tokens: int) -> None:
+        blocks = blocks_for(tokens + 1, self.info.block_tokens)
+        self.blocks_placed[attempt] = blocks
+        self._blocks_sum += blocks
+        self.unanswered.add(attempt)
+
+    def place_prefill(self, attempt: AttemptId, tokens: int) -> None:
+        self.prefill_left[attempt] = tokens
+        self._prefill_sum += tokens
+
+    def prefill_reached(self, attempt: AttemptId, left: int) -> None:
+        """`left` more tokens of this prompt to compute; 0 forgets it."""
+        before = self.prefill_left.get(attempt)
+        if before is None:
+            return
+        self._prefill_sum += left - before
+        if left:
+            self.prefill_left[attempt] = left
+        else:
+            del self.prefill_left[attempt]
+
+    def release(self, attempt: AttemptId) -> None:
+        """The attempt has left this worker, or never got in."""
+        self.unanswered.discard(attempt)
+        self.prefill_reached(attempt, 0)
+        blocks = self.blocks_placed.pop(attempt, None)
+        if blocks is not None:
+            self._blocks_sum -= blocks
+            self.room_may_have_appeared()
+
+    def room_may_have_appeared(self) -> None:
+        if self.gate is Gate.FULL:
+            self.gate = Gate.PROBE
+
+    def heard(self, beat: Heartbeat) -> None:
+        self.heartbeat = beat
+        self.draining = beat.draining
+        if beat.tokens_per_s > 0:
+            self.tokens_per_s = beat.tokens_per_s
+        self.room_may_have_appeared()
+
+    def prefill_wait_s(self, tokens: int) -> float:
+        """Predicted time until a prompt of `tokens` that is placed here now has been read."""
+        return (self._prefill_sum + tokens) / self.tokens_per_s
+
+    def decode_load(self, tokens: int) -> float:
+        """Predicted share of the batch plus share of the blocks in use, with a context of `tokens` added.
+
+        Blocks held beyond what is placed here are another coordinator's, or quarantined.
+        """
+        blocks = self._blocks_sum
+        if self.heartbeat is not None:
+            counts = self.heartbeat.blocks
+            blocks = max(blocks, counts.held + counts.quarantined)
+        blocks += blocks_for(tokens + 1, self.info.block_tokens)
+        seqs = len(self.blocks_placed) + 1
+        return seqs / self.info.max_num_seqs + blocks / self.info.num_blocks
+
+
+class Fleet:
+    """All workers by id, also those that are down but whose process may still live."""
+
+    def __init__(self) -> None:
+        self._workers: dict[WorkerId, WorkerState] = {}
+
+    def __iter__(self) -> Iterator[WorkerState]:
+        return iter(self._workers.values())
+
+    def add(self, state: WorkerState) -> None:
+        self._workers[state.id] = state
+
+    def forget(self, worker: WorkerId) -> None:
+        self._workers.pop(worker, None)
+
+    def get(self, worker: WorkerId | None, epoch: int | None = None) -> WorkerState | None:
+        """The worker, if it is known (in this epoch)."""
+        state = None if worker is None else self._workers.get(worker)
+        return state if state is not None and epoch in (None, state.info.epoch) else None
+
+    def up(self, worker: WorkerId | None, epoch: int | None = None) -> WorkerState | None:
+        """The worker, if it can be talked to."""
+        state = self.get(worker, epoch)
+        return state if state is not None and state.up else None
+
+    def of(self, model: str, role: Role) -> list[WorkerState]:
+        """Workers that can be talked to, by name."""
+        found = [s for s in self if s.model == model and s.info.role is role and s.up]
+        return sorted(found, key=lambda s: s.id)

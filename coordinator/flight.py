@@ -1,0 +1,138 @@
+"""One sample on its way: its record, its current attempt, and the times it will be judged by."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from coordinator.events import NewRequest
+from coordinator.report import Report
+from coordinator.router import Placement
+from pdserve.core.ids import AttemptId, RequestId, WorkerId
+from pdserve.core.lifecycle import Phase, RequestRecord
+from pdserve.core.messages import FinishReason, PrefillDone, RequestSpec, TransferDone
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """What one attempt has come to. A new one starts with a new object, so nothing leaks between them."""
+
+    id: AttemptId
+    placement: Placement
+    base: int
+    """Output tokens that earlier attempts had given."""
+    prefill_queue_s: float = 0.0
+    cached_tokens: int = 0
+    prefill_sent: bool = False
+    prefill_done: PrefillDone | None = None
+    kv_arrived: bool = False
+    transfer: TransferDone | None = None
+
+    @property
+    def decode(self) -> WorkerId:
+        return self.placement.decode.worker
+
+    @property
+    def prefill(self) -> WorkerId | None:
+        return None if self.placement.prefill is None else self.placement.prefill.worker
+
+
+@dataclass(slots=True, kw_only=True)
+class Flight:
+    request: NewRequest
+    record: RequestRecord
+    order: int
+    leader: RequestId | None = None
+    """The first sample of the same prompt, while this one waits for it."""
+    prefer: Placement | None = None
+    attempt: Attempt | None = None
+    """None: waiting for a placement."""
+    output: list[int] = field(default_factory=list)
+    failed_on: set[WorkerId] = field(default_factory=set)
+    prompt_logprobs_sent: bool = False
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    ending: FinishReason | None = None
+    """All output is out; only the figures of its transfer are awaited."""
+
+    @property
+    def id(self) -> RequestId:
+        return self.request.id
+
+    @property
+    def attempts(self) -> int:
+        return self.record.attempt - self.request.first_epoch + 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.tokens) + len(self.output)
+
+    def awaits_kv(self) -> bool:
+        return self.record.phase in (Phase.PREFILLING, Phase.TRANSFERRING)
+
+    def spec(self) -> RequestSpec:
+        """For the current attempt: the prompt and everything that was streamed already."""
+        request = self.request
+        sampling = request.sampling
+        if self.prompt_logprobs_sent:
+            sampling = dataclasses.replace(sampling, prompt_logprobs=None)
+        target = request.ttft_target_s
+        return RequestSpec(
+            attempt=self.record.attempt_id,
+            tokens=request.tokens + self.output,
+            num_prompt_tokens=len(request.tokens),
+            sampling=sampling,
+            eos_token_ids=request.eos_token_ids,
+            cache_salt=request.cache_salt,
+            arrival=request.arrival,
+            ttft_deadline=None if target is None else request.arrival + target,
+            priority=request.priority,
+        )
+
+    def add_output(self, tokens: list[int], now: float) -> None:
+        self.output.extend(tokens)
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_token_at = now
+
+    def report(self, now: float) -> Report:
+        request, attempt = self.request, self.attempt
+        waited = self.record.seconds_in(Phase.QUEUED, now=now) + self.record.seconds_in(
+            Phase.ADMITTED, now=now
+        )
+        report = Report(
+            id=self.id,
+            model=request.model,
+            tenant=request.tenant,
+            priority=request.priority,
+            prompt_tokens=len(request.tokens),
+            output_tokens=len(self.output),
+            attempts=self.attempts,
+            e2e_s=now - self.record.created,
+            queue_s=waited,
+            ttft_s=None if self.first_token_at is None else self.first_token_at - self.record.created,
+            tpot_s=self._tpot_s(),
+            ttft_target_s=request.ttft_target_s,
+            tpot_target_s=request.tpot_target_s,
+        )
+        if attempt is None:
+            return report
+        done, transfer = attempt.prefill_done, attempt.transfer
+        return dataclasses.replace(
+            report,
+            queue_s=waited + attempt.prefill_queue_s,
+            prefill_s=None if done is None else done.compute_s,
+            transfer_exposed_s=None if transfer is None else transfer.exposed_s,
+            transfer_busy_s=None if transfer is None else transfer.busy_s,
+            bytes_moved=0 if transfer is None else transfer.bytes_moved,
+            transfer_path="" if transfer is None else transfer.path,
+            cached_tokens=attempt.cached_tokens,
+            prefill_worker=attempt.prefill or "",
+            decode_worker=attempt.decode,
+            placement=str(attempt.placement),
+        )
+
+    def _tpot_s(self) -> float | None:
+        if self.first_token_at is None or self.last_token_at is None or len(self.output) < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (len(self.output) - 1)

@@ -1,0 +1,109 @@
+"""From the queue to a decode worker's reserved blocks, and from there to the prefill worker."""
+
+from __future__ import annotations
+
+from coordinator import endings
+from coordinator.book import Book
+from coordinator.events import Action, NewRequest, Send
+from coordinator.failures import refusal_of
+from coordinator.fleet import Gate
+from coordinator.flight import Attempt, Flight
+from pdserve.core.errors import BlockPoolExhausted, DeadlineExceeded, InvalidRequest, Overloaded, PdServeError
+from pdserve.core.layout import blocks_for
+from pdserve.core.lifecycle import Phase
+from pdserve.core.messages import RefusalReason, Refused, Reserved, Role, StartDecode, StartPrefill
+
+
+def admission_error(book: Book, request: NewRequest, now: float) -> PdServeError | None:
+    """Why a request is not even queued."""
+    limit = book.settings.max_queued_requests
+    if book.num_waiting >= limit:
+        wait = min(max(book.num_waiting / book.ended_per_s, 0.1), 30.0)
+        return Overloaded(f"{limit} requests are waiting already, the most allowed", retry_after_s=wait)
+    if request.deadline <= now:
+        return DeadlineExceeded(f"request {request.id}: its deadline had passed when it arrived")
+    decoders = book.fleet.of(request.model, Role.DECODE)
+    if decoders:
+        largest = max(decoders, key=lambda w: w.info.num_blocks * w.info.block_tokens).info
+        wanted = blocks_for(len(request.tokens) + 1, largest.block_tokens)
+        if wanted > largest.num_blocks:
+            return BlockPoolExhausted(wanted=wanted, free=largest.num_blocks)
+    return None
+
+
+def place_waiting(book: Book, now: float) -> list[Action]:
+    """Offer waiting requests to decode workers, most urgent first, until none has room."""
+    actions: list[Action] = []
+    for model, queue in book.waiting.items():
+        while (request := queue.peek()) is not None:
+            flight = book.flights[request]
+            placement = book.router.place(
+                book.fleet, model, flight.num_tokens, prefer=flight.prefer, avoid=flight.failed_on
+            )
+            if placement is None:
+                break
+            queue.discard(request)
+            flight.attempt = Attempt(
+                id=flight.record.attempt_id, placement=placement, base=len(flight.output)
+            )
+            actions.append(_offer(book, flight, flight.attempt, now))
+    return actions
+
+
+def _offer(book: Book, flight: Flight, attempt: Attempt, now: float) -> Action:
+    flight.record.move_to(Phase.ADMITTED, now=now)
+    decode, prefill = book.fleet.up(attempt.decode), book.fleet.up(attempt.prefill)
+    if decode is not None:
+        decode.place_decode(attempt.id, flight.num_tokens)
+    reader = prefill or decode
+    if reader is not None:
+        reader.place_prefill(attempt.id, flight.num_tokens)
+    lease_s = book.settings.lease_s
+    offer = StartDecode(spec=flight.spec(), prefill_worker=attempt.prefill, lease_s=lease_s)
+    return Send(worker=attempt.decode, message=offer)
+
+
+def reserved(book: Book, flight: Flight, attempt: Attempt, message: Reserved, now: float) -> list[Action]:
+    decode = book.fleet.up(attempt.decode)
+    if flight.record.phase is not Phase.ADMITTED or decode is None:
+        return []
+    decode.unanswered.discard(attempt.id)
+    decode.gate = Gate.OPEN
+    attempt.cached_tokens = message.cached_tokens
+    flight.record.move_to(Phase.PREFILLING, now=now)
+    if attempt.prefill is None:
+        return []
+    book.leased[flight.id] = now
+    book.pushes.opened(attempt.id, attempt.prefill, attempt.decode, decode.info.epoch)
+    start = StartPrefill(
+        spec=flight.spec(),
+        decode_worker=attempt.decode,
+        decode_epoch=decode.info.epoch,
+        dst_blocks=message.blocks,
+        dst_cached_tokens=message.cached_tokens,
+        transfer_deadline_s=book.settings.transfer_deadline_s,
+    )
+    return [Send(worker=attempt.prefill, message=start)]
+
+
+def refused(book: Book, flight: Flight, attempt: Attempt, message: Refused, now: float) -> list[Action]:
+    """Back to the queue, and the worker is not asked again before room may have appeared there."""
+    decode = book.fleet.up(attempt.decode)
+    if flight.record.phase is not Phase.ADMITTED or decode is None:
+        return []
+    error = refusal_of(message, flight.num_tokens, decode.info)
+    if message.reason is RefusalReason.UNKNOWN_PEER:
+        return endings.attempt_failed(
+            book, flight, error, now, retryable=error.retryable, reporter=attempt.decode
+        )
+    book.release(attempt)
+    if isinstance(error, InvalidRequest):
+        return endings.end(book, flight, Phase.REJECTED, error, now)
+    if message.reason is RefusalReason.DRAINING:
+        decode.draining = True
+    else:
+        decode.gate = Gate.FULL
+    flight.attempt = None
+    flight.record.move_to(Phase.QUEUED, now=now)
+    book.enqueue(flight)
+    return []

@@ -1,0 +1,120 @@
+"""What workers report about a running attempt, up to its last token."""
+
+from __future__ import annotations
+
+from coordinator import endings
+from coordinator.book import Book
+from coordinator.events import Action, Emit, EmitPrompt, Send
+from coordinator.flight import Attempt, Flight
+from pdserve.core.errors import InvariantViolated
+from pdserve.core.ids import AttemptId, WorkerId
+from pdserve.core.lifecycle import Phase
+from pdserve.core.messages import PrefillDone, PrefillProgress, RenewLease, Tokens
+from pdserve.core.sampling import TokenLogprobs
+
+
+def prefill_progress(
+    book: Book, flight: Flight, attempt: Attempt, message: PrefillProgress, now: float
+) -> list[Action]:
+    reader = book.fleet.get(attempt.prefill or attempt.decode)
+    if reader is not None:
+        reader.prefill_reached(attempt.id, max(flight.num_tokens - message.tokens_done, 0))
+    return renew_lease(book, flight, attempt, now)
+
+
+def renew_lease(book: Book, flight: Flight, attempt: Attempt, now: float) -> list[Action]:
+    """The prefill side lives, so the decode side keeps its blocks."""
+    if flight.id not in book.leased or book.fleet.up(attempt.decode) is None:
+        return []
+    book.leased[flight.id] = now
+    renewal = RenewLease(attempt=attempt.id, lease_s=book.settings.lease_s)
+    return [Send(worker=attempt.decode, message=renewal)]
+
+
+def renew_leases(book: Book, now: float) -> list[Action]:
+    """For requests that wait their turn at a prefill worker that is up."""
+    actions: list[Action] = []
+    due = now - book.settings.lease_s / 3
+    for request in [request for request, at in book.leased.items() if at <= due]:
+        flight = book.flights[request]
+        if flight.attempt is not None and book.fleet.up(flight.attempt.prefill) is not None:
+            actions += renew_lease(book, flight, flight.attempt, now)
+    return actions
+
+
+def prefill_done(
+    book: Book, flight: Flight, attempt: Attempt, message: PrefillDone, now: float
+) -> list[Action]:
+    """The first token is streamed at once, while its KV is still on the way."""
+    if attempt.prefill_done is not None:
+        return []
+    attempt.prefill_done = message
+    reader = book.fleet.get(attempt.prefill or attempt.decode)
+    if reader is not None:
+        reader.prefill_reached(attempt.id, 0)
+    actions: list[Action] = []
+    if flight.request.sampling.prompt_logprobs is not None and not flight.prompt_logprobs_sent:
+        flight.prompt_logprobs_sent = True
+        actions.append(EmitPrompt(request=flight.id, logprobs=message.prompt_logprobs))
+    if flight.ending is not None:
+        return actions  # the decode worker was heard first, to its end
+    logprobs = [] if message.logprobs is None else [message.logprobs]
+    actions += _output(flight, attempt.base, [message.token], logprobs, now)
+    if message.finish_reason is not None:
+        reporter = attempt.prefill or attempt.decode
+        return actions + endings.finish(book, flight, message.finish_reason, now, reporter=reporter)
+    if flight.record.phase is Phase.PREFILLING:
+        flight.record.move_to(Phase.DECODING if attempt.prefill is None else Phase.TRANSFERRING, now=now)
+    return actions
+
+
+def kv_arrived(book: Book, flight: Flight, attempt: Attempt, now: float) -> None:
+    attempt.kv_arrived = True
+    book.leased.pop(flight.id, None)
+    if flight.record.phase in (Phase.PREFILLING, Phase.TRANSFERRING):
+        flight.record.move_to(Phase.DECODING, now=now)
+    endings.release_followers(book, flight)
+
+
+def tokens(book: Book, flight: Flight, attempt: Attempt, message: Tokens, now: float) -> list[Action]:
+    if flight.ending is not None or flight.record.phase is Phase.ADMITTED:
+        return []
+    if message.first_index > len(flight.output):
+        missing = f"tokens {len(flight.output)} to {message.first_index - 1} never came"
+        error = InvariantViolated(f"attempt {attempt.id}: {missing}")
+        return endings.attempt_failed(book, flight, error, now, retryable=True, reporter=None)
+    if not attempt.kv_arrived:
+        kv_arrived(book, flight, attempt, now)
+    actions = _output(flight, message.first_index, message.tokens, message.logprobs, now)
+    if message.finish_reason is None:
+        return actions
+    if book.pushes.is_open(attempt.id) and book.fleet.up(attempt.prefill) is not None:
+        # The prefill worker's last word is on its way; it has the figures of the transfer.
+        flight.ending = message.finish_reason
+        book.ending[flight.id] = now + book.settings.settle_wait_s
+        book.release(attempt)
+        return actions
+    return actions + endings.finish(book, flight, message.finish_reason, now, reporter=attempt.decode)
+
+
+def _output(
+    flight: Flight, first_index: int, new: list[int], logprobs: list[TokenLogprobs], now: float
+) -> list[Action]:
+    """Emit what was not emitted yet: two workers know the first token, and an earlier attempt more."""
+    known = len(flight.output) - first_index
+    if known >= len(new):
+        return []
+    if known > 0:
+        new, logprobs = new[known:], logprobs[known:]
+    flight.add_output(new, now)
+    return [Emit(request=flight.id, tokens=new, logprobs=logprobs)]
+
+
+def settled(
+    book: Book, attempt: AttemptId, worker: WorkerId, flight: Flight | None, now: float
+) -> list[Action]:
+    """The prefill worker's last word on an attempt, which may be that of a request long ended."""
+    actions = book.pushes.settled(attempt, worker, book.epochs_up())
+    if flight is not None and flight.ending is not None and flight.record.attempt_id == attempt:
+        actions += endings.finish(book, flight, flight.ending, now, reporter=None)
+    return actions

@@ -1,0 +1,58 @@
+"""Which attempts may still have writes in flight, and which decode worker must hear when they cannot.
+
+    StartPrefill sent --> open --(TransferDone | PushesSettled from P | P's process gone)--> forgotten
+                            '--(attempt ended early)--> owed: the end is relayed to D as PushesSettled
+
+An attempt outlives its request here: D keeps the blocks of an attempt that ended early quarantined until it
+hears that no write can land in them any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.events import Action, Send
+from pdserve.core.ids import AttemptId, WorkerId
+from pdserve.core.messages import PushesSettled
+
+
+@dataclass(slots=True)
+class _Open:
+    prefill: WorkerId
+    decode: WorkerId
+    decode_epoch: int
+    owed: bool = False
+
+
+class PushLedger:
+    def __init__(self) -> None:
+        self._open: dict[AttemptId, _Open] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def opened(self, attempt: AttemptId, prefill: WorkerId, decode: WorkerId, decode_epoch: int) -> None:
+        self._open[attempt] = _Open(prefill, decode, decode_epoch)
+
+    def is_open(self, attempt: AttemptId) -> bool:
+        return attempt in self._open
+
+    def ended_early(self, attempt: AttemptId) -> None:
+        """The decode worker gave up on it: it is owed a `PushesSettled`."""
+        if attempt in self._open:
+            self._open[attempt].owed = True
+
+    def settled(self, attempt: AttemptId, by: WorkerId, epochs: dict[WorkerId, int]) -> list[Action]:
+        """The prefill worker says so. `epochs`: of the workers that can be talked to."""
+        entry = self._open.get(attempt)
+        if entry is None or entry.prefill != by:
+            return []
+        del self._open[attempt]
+        if entry.owed and epochs.get(entry.decode) == entry.decode_epoch:
+            return [Send(worker=entry.decode, message=PushesSettled(attempt=attempt))]
+        return []
+
+    def worker_gone(self, worker: WorkerId) -> None:
+        """Nothing of it writes any more, and decode workers hear that as `DropPeer`; a decode worker that is
+        gone is owed nothing."""
+        self._open = {a: e for a, e in self._open.items() if worker not in (e.prefill, e.decode)}

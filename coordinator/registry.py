@@ -1,0 +1,300 @@
+"""The life of every request, as a pure state machine: events in, actions out, no clock and no I/O of its own.
+
+What a sample goes through (see `pdserve.core.lifecycle` for the phases):
+
+    Submit -> waiting -> placed: StartDecode(D) -> Reserved -> StartPrefill(P) -> PrefillDone -> KvArrived
+                 ^          |         '-- Refused: another D, or wait for room         |             |
+                 |          '--> the attempt fails or a worker is lost <---------------'-------------'
+                 '--------------------------'  a new epoch, with the tokens streamed so far
+
+Every sample that was submitted ends with exactly one `End`. Whatever an attempt had placed on a worker is
+taken back by `Cancel`, and the decode worker hears `PushesSettled` once no write of it can land any more.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Final, assert_never
+
+from coordinator import endings, placing, progress
+from coordinator.book import Book, RegistrySettings
+from coordinator.events import (
+    Action,
+    ClientCancelled,
+    Event,
+    FromWorker,
+    NewRequest,
+    Send,
+    StopMatched,
+    Submit,
+    Tick,
+    WorkerDown,
+    WorkerGone,
+    WorkerJoined,
+)
+from coordinator.failures import failure_of
+from coordinator.fleet import Fleet, WorkerState
+from coordinator.flight import Attempt, Flight
+from coordinator.router import Router
+from pdserve.core.errors import DeadlineExceeded, NoWorkers, WorkerLost
+from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.lifecycle import Phase, RequestRecord
+from pdserve.core.messages import (
+    AttemptFailed,
+    ConnectPeer,
+    DropPeer,
+    Heartbeat,
+    Hello,
+    KvArrived,
+    PrefillDone,
+    PrefillProgress,
+    PrefillStarted,
+    PushesSettled,
+    Refused,
+    Reserved,
+    Role,
+    Tokens,
+    TransferDone,
+    Up,
+    WorkerInfo,
+)
+
+TICK_S: Final = 0.25
+"""Longest time between two `Tick`s."""
+
+
+class Registry:
+    def __init__(self, settings: RegistrySettings, router: Router) -> None:
+        self._book = Book(settings=settings, router=router)
+        self._deadlines: list[tuple[float, int, RequestId]] = []
+        self._order = 0
+
+    # --- what others may ask ------------------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._book.fleet
+
+    @property
+    def num_active(self) -> int:
+        return len(self._book.flights)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._book.num_waiting
+
+    @property
+    def num_unsettled(self) -> int:
+        """Attempts that may still have writes in flight, also of requests that have ended."""
+        return len(self._book.pushes)
+
+    def is_active(self, request: RequestId) -> bool:
+        return request in self._book.flights
+
+    def phases(self) -> dict[Phase, int]:
+        """How many requests are in each phase; phases without any are left out."""
+        counts: dict[Phase, int] = {}
+        for flight in self._book.flights.values():
+            counts[flight.record.phase] = counts.get(flight.record.phase, 0) + 1
+        return counts
+
+    def next_tick(self, now: float) -> float:
+        """When `Tick` is wanted next, on the registry's clock."""
+        times = [now + TICK_S, *self._book.ending.values()]
+        if self._deadlines:
+            times.append(self._deadlines[0][0])
+        return min(times)
+
+    # --- events -------------------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What is to be done about `event`. `now` is monotonic, in seconds."""
+        actions = self._handle(event, now)
+        # Any event may have made room, or a request wait.
+        return actions + placing.place_waiting(self._book, now)
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case FromWorker():
+                return self._from_worker(event, now)
+            case Submit():
+                return self._submit(event.samples, now)
+            case ClientCancelled():
+                flight = self._book.flights.get(event.request)
+                return [] if flight is None else endings.cancel(self._book, flight, event.reason, now)
+            case StopMatched():
+                flight = self._book.flights.get(event.request)
+                return [] if flight is None else endings.stop(self._book, flight, now)
+            case WorkerJoined():
+                return self._worker_joined(event, now)
+            case WorkerDown():
+                return self._worker_down(event.worker, event.epoch, event.why, now)
+            case WorkerGone():
+                return self._worker_gone(event, now)
+            case Tick():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    def _submit(self, samples: tuple[NewRequest, ...], now: float) -> list[Action]:
+        leader = samples[0]
+        decoders = self.fleet.of(leader.model, Role.DECODE)
+        if not decoders:
+            self._book.no_decode_since.setdefault(leader.model, now)
+        # The others wait for the first where its prefix, once cached, saves them reading the prompt again.
+        share = bool(decoders) and len(leader.tokens) > decoders[0].info.block_tokens
+        error = placing.admission_error(self._book, leader, now)
+        actions: list[Action] = []
+        for request in samples:
+            flight = self._take_in(request, now)
+            if error is not None:
+                actions += endings.end(self._book, flight, Phase.REJECTED, error, now)
+            elif share and request is not leader:
+                flight.leader = leader.id
+                self._book.followers.setdefault(leader.id, []).append(flight.id)
+            else:
+                self._book.enqueue(flight)
+        return actions
+
+    def _take_in(self, request: NewRequest, now: float) -> Flight:
+        self._order += 1
+        record = RequestRecord(id=request.id, created=now, attempt=request.first_epoch)
+        flight = Flight(request=request, record=record, order=self._order)
+        self._book.flights[request.id] = flight
+        heapq.heappush(self._deadlines, (request.deadline, self._order, request.id))
+        return flight
+
+    # --- messages of workers ------------------------------------------------------------------------
+
+    def _from_worker(self, event: FromWorker, now: float) -> list[Action]:
+        state = self.fleet.up(event.worker, event.epoch)
+        if state is None:
+            return []  # its connection was given up
+        message = event.message
+        if isinstance(message, Heartbeat):
+            state.heard(message)
+            return []
+        if isinstance(message, (Hello, WorkerInfo)):
+            return []
+        flight = self._book.flights.get(message.attempt.request)
+        actions: list[Action] = []
+        # Anything of an older attempt is late and means nothing, but for the end of its pushes.
+        if flight is not None and flight.attempt is not None and flight.attempt.id == message.attempt:
+            actions = self._of_attempt(flight, flight.attempt, event.worker, message, now)
+        if isinstance(message, (TransferDone, PushesSettled)):
+            actions += progress.settled(self._book, message.attempt, event.worker, flight, now)
+        return actions
+
+    def _of_attempt(
+        self, flight: Flight, attempt: Attempt, worker: WorkerId, message: Up, now: float
+    ) -> list[Action]:
+        """A message about a request's current attempt. One that is not its sender's to say is ignored."""
+        by_decode, by_reader = worker == attempt.decode, worker == (attempt.prefill or attempt.decode)
+        match message:
+            case Tokens() if by_decode:
+                return progress.tokens(self._book, flight, attempt, message, now)
+            case Reserved() if by_decode:
+                return placing.reserved(self._book, flight, attempt, message, now)
+            case Refused() if by_decode:
+                return placing.refused(self._book, flight, attempt, message, now)
+            case KvArrived() if by_decode:
+                progress.kv_arrived(self._book, flight, attempt, now)
+            case PrefillStarted() if by_reader:
+                attempt.prefill_queue_s = message.queue_s
+                return progress.renew_lease(self._book, flight, attempt, now)
+            case PrefillProgress() if by_reader:
+                return progress.prefill_progress(self._book, flight, attempt, message, now)
+            case PrefillDone() if by_reader:
+                return progress.prefill_done(self._book, flight, attempt, message, now)
+            case TransferDone() if worker == attempt.prefill:
+                attempt.transfer = message
+            case AttemptFailed() if by_decode or (by_reader and not attempt.kv_arrived):
+                error = failure_of(message, worker)
+                return endings.attempt_failed(
+                    self._book, flight, error, now, retryable=message.retryable, reporter=worker
+                )
+            case _:
+                pass
+        return []
+
+    # --- workers ------------------------------------------------------------------------------------
+
+    def _worker_joined(self, event: WorkerJoined, now: float) -> list[Action]:
+        info = event.info
+        actions: list[Action] = []
+        known = self.fleet.get(info.worker)
+        if known is not None:
+            # A worker is replaced only after the process before it has ended.
+            gone = WorkerGone(worker=info.worker, epoch=known.info.epoch, why="replaced")
+            actions += self._worker_gone(gone, now)
+        state = WorkerState(info=info, model=event.model)
+        self.fleet.add(state)
+        if info.role is Role.DECODE:
+            self._book.no_decode_since.pop(event.model, None)
+        for peer in self._peers_of(state):
+            actions.append(Send(worker=peer.id, message=_introduction(info)))
+            actions.append(Send(worker=info.worker, message=_introduction(peer.info)))
+        return actions
+
+    def _peers_of(self, state: WorkerState) -> list[WorkerState]:
+        other = Role.DECODE if state.info.role is Role.PREFILL else Role.PREFILL
+        return self.fleet.of(state.model, other)
+
+    def _worker_down(self, worker: WorkerId, epoch: int, why: str, now: float) -> list[Action]:
+        state = self.fleet.up(worker, epoch)
+        if state is None:
+            return []
+        state.up = False
+        if not self.fleet.of(state.model, Role.DECODE):
+            self._book.no_decode_since.setdefault(state.model, now)
+        actions: list[Action] = []
+        error = WorkerLost(worker, why)
+        for flight in list(self._book.flights.values()):
+            attempt = flight.attempt
+            if attempt is None:
+                continue
+            reads = worker == attempt.prefill and not attempt.kv_arrived
+            if reads or worker == attempt.decode:
+                actions += endings.attempt_failed(
+                    self._book, flight, error, now, retryable=True, reporter=worker
+                )
+        return actions
+
+    def _worker_gone(self, event: WorkerGone, now: float) -> list[Action]:
+        state = self.fleet.get(event.worker, event.epoch)
+        if state is None:
+            return []
+        actions = self._worker_down(event.worker, event.epoch, event.why, now)
+        self.fleet.forget(event.worker)
+        self._book.pushes.worker_gone(event.worker)
+        drop = DropPeer(peer=event.worker, epoch=event.epoch)
+        return actions + [Send(worker=peer.id, message=drop) for peer in self._peers_of(state)]
+
+    # --- time ---------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, order, request = heapq.heappop(self._deadlines)
+            flight = self._book.flights.get(request)
+            if flight is not None and flight.order == order and flight.ending is None:
+                limit = flight.request.deadline - flight.record.created
+                error = DeadlineExceeded(f"request {flight.id}: not finished within {limit:.3f} s")
+                actions += endings.fail(self._book, flight, error, now)
+        for request in [request for request, until in self._book.ending.items() if until <= now]:
+            flight = self._book.flights[request]
+            if flight.ending is not None:
+                actions += endings.finish(self._book, flight, flight.ending, now, reporter=None)
+        actions += progress.renew_leases(self._book, now)
+        for model, since in self._book.no_decode_since.items():
+            if now - since >= self._book.settings.no_workers_wait_s:
+                for request in self._book.waiting.get(model, ()):
+                    absent = NoWorkers(Role.DECODE, model)
+                    actions += endings.fail(self._book, self._book.flights[request], absent, now)
+        return actions
+
+
+def _introduction(info: WorkerInfo) -> ConnectPeer:
+    return ConnectPeer(
+        peer=info.worker, epoch=info.epoch, fingerprint=info.fingerprint, metadata=info.transfer_metadata
+    )

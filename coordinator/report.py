@@ -1,0 +1,60 @@
+"""What is known about a sample when it ends: for the last delta, the metrics and the log line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.ids import RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Times in seconds. None: it did not come to that."""
+
+    id: RequestId
+    model: str
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    output_tokens: int
+    attempts: int
+    e2e_s: float
+    queue_s: float
+    """Waiting at the coordinator, and at the prefill worker in the last attempt."""
+    prefill_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    """Mean over the tokens after the first; None for fewer than two."""
+    transfer_exposed_s: float | None = None
+    transfer_busy_s: float | None = None
+    bytes_moved: int = 0
+    transfer_path: str = ""
+    cached_tokens: int = 0
+    prefill_worker: str = ""
+    """Empty when the decode worker read the prompt itself."""
+    decode_worker: str = ""
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+    placement: str = ""
+    """Why these workers: candidates and scores of the last placement."""
+
+    @property
+    def transfer_gb_per_s(self) -> float:
+        """Decimal gigabytes per second while at least one push was under way; 0 when nothing was moved."""
+        return self.bytes_moved / self.transfer_busy_s / 1e9 if self.transfer_busy_s else 0.0
+
+    @property
+    def ttft_met(self) -> bool | None:
+        """None without a target. A request that never gave a token has missed it."""
+        return _met(self.ttft_s, self.ttft_target_s, missing=False)
+
+    @property
+    def tpot_met(self) -> bool | None:
+        """None without a target. Fewer than two tokens cannot miss it."""
+        return _met(self.tpot_s, self.tpot_target_s, missing=True)
+
+
+def _met(value: float | None, target: float | None, *, missing: bool) -> bool | None:
+    if target is None:
+        return None
+    return missing if value is None else value <= target

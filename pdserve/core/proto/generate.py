@@ -1,0 +1,33 @@
+"""Make the stubs from the .proto files: `python -m pdserve.core.proto.generate`.
+
+Paths are given to protoc from the repository's root, so that the stubs import each other as
+`pdserve.core.proto...` and need no change of sys.path.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[3]
+SOURCES: Final = ("pdserve/core/proto/pdserve/v1/generation.proto",)
+
+
+def generate(out: Path) -> None:
+    """Write the stubs of every source under `out`, with the sources' own folders. Needs the `dev` extra."""
+    from grpc_tools import protoc  # type: ignore[import-untyped]  # a development tool, with no stubs
+
+    well_known = str(resources.files("grpc_tools") / "_proto")
+    flags = [f"--{kind}_out={out}" for kind in ("python", "grpc_python")]
+    # Readable stubs: the .proto comments become docstrings.
+    flags += [f"--mypy_out=readable_stubs:{out}", f"--mypy_grpc_out={out}"]
+    code = protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *flags, *SOURCES])
+    if code != 0:
+        raise SystemExit(f"protoc ended with {code}; is the `dev` extra installed and on PATH?")
+
+
+if __name__ == "__main__":
+    generate(ROOT)
+    sys.stdout.write(f"wrote stubs of {', '.join(SOURCES)}\n")

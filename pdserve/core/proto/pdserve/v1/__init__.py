@@ -1,0 +1,1 @@
+"""Protocol package `pdserve.v1`: the `Generation` service."""
