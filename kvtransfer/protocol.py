@@ -2,16 +2,26 @@
 
 A backend is driven by one thread (`TransferService`); none of its methods is called from two at once.
 Completions and arrivals come back as events from `poll`.
+
+    submit ──> queued in the service (FIFO per peer, bounded bytes under way)
+                 │ deadline passes: TIMED_OUT, then CANCELLED at once (no byte has moved)
+                 v
+               under way in the backend ──> COMPLETED | FAILED
+                 │ deadline passes: TIMED_OUT, and its blocks stay in quarantine
+                 '──> COMPLETED | FAILED, whenever the transport knows
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from pdserve.core.ids import BlockId, WorkerId
 from pdserve.core.layout import Fingerprint, GroupLayout
+
+DEFAULT_INFLIGHT_BYTES: Final = 256 << 20
+"""Bytes under way to one peer before further pushes wait in the service's queue."""
 
 
 class Path(StrEnum):
@@ -62,11 +72,15 @@ class Outcome(StrEnum):
     TIMED_OUT = "timed_out"
     """Past its deadline and NOT terminal: its blocks stay quarantined until a second event ends it."""
     CANCELLED = "cancelled"
+    """Terminal, and no byte was written: its deadline passed, or the service stopped, while it waited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushEnded:
-    """`TIMED_OUT` is followed by a second one, COMPLETED or FAILED, when the push is terminal at last."""
+    """Every push gets exactly one terminal one. `TIMED_OUT` comes at most once, before it.
+
+    `seconds` is from the start of the transfer to its end as seen by the sender.
+    """
 
     id: int
     outcome: Outcome
@@ -95,16 +109,34 @@ class PeerFailed:
     error: str
 
 
-TransferEvent = PushEnded | NoteArrived | PeerFailed
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathInfo:
-    """The transport of one pair and what a probe measured, once, at connect."""
+    """The transport of one pair and what a probe measured, once, at connect. None: it could not be probed."""
 
     path: Path
     gigabytes_per_s: float | None = None
+    """Of a 1 MiB write, 1e9 bytes."""
     latency_s: float | None = None
+    """Of a 4 KiB write, start to completion at the sender."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConnected:
+    """`connect` succeeded: pushes to this peer move from now on (those submitted meanwhile waited)."""
+
+    peer: WorkerId
+    epoch: int
+    path: PathInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferStopped:
+    """The service's last event: `stop` was called, or `error` says what killed it. Every push has ended."""
+
+    error: str = ""
+
+
+TransferEvent = PushEnded | NoteArrived | PeerConnected | PeerFailed | TransferStopped
 
 
 class TransferBackend(Protocol):
@@ -115,24 +147,51 @@ class TransferBackend(Protocol):
         """What a peer needs to write here; exchanged out of band by the coordinator."""
         ...
 
-    def connect(self, peer: WorkerId, epoch: int, fingerprint: Fingerprint, metadata: bytes) -> None:
-        """Meet a peer, or meet its restarted process again. Raises `FingerprintMismatch`, `TransferError`."""
+    @property
+    def regions(self) -> tuple[PoolRegion, ...]:
+        """This worker's pools, one per cache group, in the order of the fingerprint's layouts."""
         ...
 
-    def disconnect(self, peer: WorkerId) -> None:
-        """Forget a peer that is gone for certain; its unfinished pushes end as FAILED."""
+    @property
+    def wake_fds(self) -> tuple[int, ...]:
+        """Descriptors that become readable when `poll` may have something new; fixed for its life."""
+        ...
+
+    def max_wait_s(self, now: float) -> float | None:
+        """How long `poll` may wait while no `wake_fds` is readable; None: for ever."""
+        ...
+
+    def connect(self, peer: WorkerId, epoch: int, fingerprint: Fingerprint, metadata: bytes) -> None:
+        """Meet a peer, or meet its restarted process again; `PeerConnected` or `PeerFailed` follows.
+
+        A second connect with the same epoch is answered by `PeerConnected` again, and revives a failed peer.
+        Pushes to an older epoch that are under way stay so until they are terminal or it is disconnected.
+        Raises `FingerprintMismatch`, `TransferError` (an older epoch, metadata that does not fit).
+        """
+        ...
+
+    def disconnect(self, peer: WorkerId, epoch: int | None = None) -> None:
+        """Forget a peer (all of it, or up to `epoch`) whose process is gone for certain.
+
+        Its unfinished pushes end as FAILED. A no-op for a peer that is unknown or newer.
+        """
         ...
 
     def submit(self, push: Push) -> None:
-        """Start a push; its end is an event. A push to an unknown peer ends as FAILED."""
+        """Start a push; its end is an event. A push to an unknown or failed peer ends as FAILED."""
         ...
 
     def poll(self, now: float) -> list[TransferEvent]:
         """Make progress and return what happened since the last call."""
         ...
 
-    def path(self, peer: WorkerId) -> PathInfo: ...
+    def path(self, peer: WorkerId) -> PathInfo:
+        """Path.UNKNOWN for a peer that is not connected."""
+        ...
 
     def close(self) -> None:
-        """Release everything; safe while transfers are unfinished and after peers died."""
+        """Release everything; safe while transfers are unfinished and after peers died.
+
+        Afterwards nothing reads or writes this worker's pools on its behalf.
+        """
         ...
