@@ -1,7 +1,7 @@
 """The few operations a decoder is made of, as the models call them. One implementation per kind of device.
 
-Shape legend: T tokens of the step over all slices, E hidden, H query heads, K kv heads, S = H + 2K, D head_dim,
-F ff, V vocabulary, N blocks, L layers, B tokens of a block.
+Shape legend: T tokens of the step over all slices, E hidden, H query heads, K kv heads, S = H + 2K, D
+head_dim, F ff, V vocabulary, N blocks, L layers, B tokens of a block.
 
 Life of an implementation: it is made with (ModelConfig, device, max_positions); the loader hands it every
 weight through `linear` and `vector`; then the pool is allocated (with what memory is left) and `bind_pool` is
@@ -74,8 +74,8 @@ class ModelOps(Protocol):
         ...
 
     def plan(self, slices: Sequence[SliceMeta]) -> Any:
-        """Prepare a step (index tensors, rotary factors, splits); reused by every layer of that step, opaque to
-        the model. Slices are in row order and cover the T rows without gaps."""
+        """Prepare a step (index tensors, rotary factors, splits); reused by every layer of that step,
+        opaque to the model. Slices are in row order and cover the T rows without gaps."""
         ...
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor: ...

@@ -1,0 +1,189 @@
+"""From a model directory and settings to an engine that can run steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from pdserve.core.config import CacheSettings, DType, ModelSettings
+from pdserve.core.errors import ConfigError
+from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout, blocks_for
+from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
+from pdserve.engine.runner import ModelRunner
+from pdserve.engine.sampler import Sampler
+from pdserve.models.checkpoint import Checkpoint
+from pdserve.models.config import ModelConfig
+from pdserve.models.hf_config import read_config
+from pdserve.models.llama import LlamaModel
+from pdserve.models.ops import ModelOps
+from pdserve.models.ops_cpu import CpuOps
+from pdserve.models.weights import DummySource, load_llama
+
+GIB: Final = 2**30
+CPU_POOL_BYTES: Final = GIB
+"""KV pool on a CPU when nothing is configured."""
+GPU_STEP_BYTES: Final = GIB
+"""Left free on a GPU for the activations of a step."""
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What a worker runs: the model over its pool, and the sampler."""
+
+    runner: ModelRunner
+    sampler: Sampler
+    config: ModelConfig
+    fingerprint: Fingerprint
+    num_blocks: int
+    block_tokens: int
+
+
+def build_engine(
+    model_dir: Path,
+    model: ModelSettings,
+    cache: CacheSettings,
+    *,
+    device: str,
+    num_threads: int | None,
+    progress: Callable[[float, str], None] | None = None,
+) -> Engine:
+    """Load the model, allocate the KV pool with what memory is left, and say what peers must agree on.
+
+    device: "cpu" or as torch names a GPU. num_threads: of this process's torch, None leaves it.
+    progress: called with a fraction in [0, 1] and words, on this thread.
+    Raises `CheckpointError` for weights that do not fit the config, `ConfigError` for settings that cannot
+    work.
+    """
+    say = progress or _silent
+    target = torch.device(device)
+    _prepare(target, num_threads)
+    say(0.0, "reading the configuration")
+    config = read_config(model_dir)
+    config = replace(config, dtype=config.dtype if model.dtype is DType.AUTO else model.dtype.value)
+    wanted_len = _wanted_len(config, model)
+    weights, digest = _load(model_dir, model, config, target, wanted_len, say)
+    say(0.97, "allocating the KV cache")
+    layout = GroupLayout(group=_cache_group(config), block_tokens=cache.block_size)
+    num_blocks = _num_blocks(layout, cache, target)
+    max_model_len = _fitting_len(wanted_len, num_blocks, layout, model)
+    pool = KVPool(layout, num_blocks, target)
+    runner = ModelRunner(weights, (pool,), max_model_len=max_model_len, model_digest=digest, device=target)
+    say(1.0, "engine ready")
+    return Engine(
+        runner=runner,
+        sampler=Sampler(config.vocab_size, target),
+        config=config,
+        fingerprint=Fingerprint(protocol=PROTOCOL_VERSION, model=digest, layouts=(layout,)),
+        num_blocks=num_blocks,
+        block_tokens=cache.block_size,
+    )
+
+
+def _silent(fraction: float, words: str) -> None:
+    pass
+
+
+def _prepare(device: torch.device, num_threads: int | None) -> None:
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if device.type != "cuda":
+        return
+    torch.cuda.set_device(device)
+    settings = torch.cuda.memory._snapshot()["allocator_settings"]
+    if settings.get("expandable_segments"):
+        raise ConfigError(
+            "expandable_segments is on in PyTorch's CUDA allocator: KV transfers would be hundreds of "
+            "times slower; remove it from PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF)"
+        )
+
+
+def _load(
+    model_dir: Path,
+    model: ModelSettings,
+    config: ModelConfig,
+    device: torch.device,
+    max_positions: int,
+    progress: Progress,
+) -> tuple[LlamaModel, str]:
+    dtype = TORCH_DTYPES[config.dtype]
+    ops = _make_ops(config, device, max_positions)
+    # The pool is allocated after the weights: the last few percent are its.
+    scaled = lambda fraction, words: progress(0.02 + 0.94 * fraction, words)  # noqa: E731
+    if model.load_format == "dummy":
+        source = DummySource(dtype)
+        digest = hashlib.sha256(b"dummy" + (model_dir / "config.json").read_bytes()).hexdigest()[:32]
+        return load_llama(config, source, ops, dtype=dtype, device=device, progress=scaled), digest
+    with Checkpoint.open(model_dir) as checkpoint:
+        weights = load_llama(config, checkpoint, ops, dtype=dtype, device=device, progress=scaled)
+        return weights, checkpoint.digest
+
+
+def _make_ops(config: ModelConfig, device: torch.device, max_positions: int) -> ModelOps:
+    if device.type == "cpu":
+        return CpuOps(config, device, max_positions)
+    # Only a host with a GPU has Triton.
+    from pdserve.models.ops_triton import TritonOps
+
+    ops: ModelOps = TritonOps(config, device, max_positions)
+    return ops
+
+
+def _wanted_len(config: ModelConfig, model: ModelSettings) -> int:
+    if model.max_model_len is None:
+        return config.max_position
+    if model.max_model_len > config.max_position:
+        raise ConfigError(
+            f"model.max_model_len is {model.max_model_len}, the checkpoint's context is {config.max_position}"
+        )
+    return model.max_model_len
+
+
+def _fitting_len(wanted_len: int, num_blocks: int, layout: GroupLayout, model: ModelSettings) -> int:
+    """The context, cut to what the pool holds; an error where the user asked for more."""
+    capacity = num_blocks * layout.block_tokens
+    if wanted_len <= capacity:
+        return wanted_len
+    if model.max_model_len is not None:
+        need = blocks_for(wanted_len, layout.block_tokens)
+        raise ConfigError(
+            f"model.max_model_len {wanted_len} needs {need} KV blocks "
+            f"({need * layout.block_bytes / GIB:.2f} GiB), the pool has {num_blocks}; "
+            "raise cache.memory_gib or lower max_model_len"
+        )
+    return capacity
+
+
+def _cache_group(config: ModelConfig) -> CacheGroup:
+    return CacheGroup(
+        name="attention",
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+        sliding_window=config.sliding_window,
+    )
+
+
+def _num_blocks(layout: GroupLayout, cache: CacheSettings, device: torch.device) -> int:
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    if cache.memory_gib is not None:
+        return int(cache.memory_gib * GIB) // layout.block_bytes
+    if device.type != "cuda":
+        return CPU_POOL_BYTES // layout.block_bytes
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    left = int(total * cache.gpu_memory_utilization) - (total - free) - GPU_STEP_BYTES
+    if left < layout.block_bytes:
+        raise ConfigError(
+            f"{free / GIB:.1f} of {total / GIB:.1f} GiB of {device} are free after loading the weights; "
+            f"gpu_memory_utilization {cache.gpu_memory_utilization} leaves nothing for the KV cache"
+        )
+    return left // layout.block_bytes

@@ -1,0 +1,77 @@
+"""Decoders of the Llama family: Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2.
+
+They differ in what `ModelConfig` says: rope scaling, a sliding window, biases, norms of q and k, tied
+embeddings. The forward pass is a loop over layers that tells its caller which layers' KV is in the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdserve.models.config import ModelConfig
+from pdserve.models.layers import DecoderLayer
+from pdserve.models.ops import Linear, ModelOps, SliceMeta
+
+OnLayersDone = Callable[[int, int], None]
+"""Called with (first, last_exclusive) when those layers' KV of the step can be read by a transfer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaModel:
+    """Weights and ops of one model; immutable, holds no state of a step."""
+
+    config: ModelConfig
+    ops: ModelOps
+    embedding_VE: Tensor
+    layers: tuple[DecoderLayer, ...]
+    final_norm_E: Tensor
+    head: Linear
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        slices: Sequence[SliceMeta],
+        rows_R: Tensor | None,
+        *,
+        layer_groups: int,
+        on_layers_done: OnLayersDone | None,
+    ) -> Tensor:
+        """Run the step; returns logits float32 [R, vocab] of the rows asked for (None: of every row).
+
+        tokens_T: int64 on the model's device. Rows may be empty: then the head is not computed.
+        """
+        plan = self.ops.plan(slices)
+        residual = F.embedding(tokens_T, self.embedding_VE).to(self.ops.activation_dtype)
+        ends = group_ends(len(self.layers), layer_groups) if on_layers_done is not None else ()
+        x, first = None, 0
+        for layer in self.layers:
+            if x is None:
+                x = layer.forward_first(residual, self.ops, self.config, plan)
+            else:
+                x = layer.forward(x, residual, self.ops, self.config, plan)
+            last = layer.index + 1
+            if on_layers_done is not None and last in ends:
+                self.ops.layers_done()
+                on_layers_done(first, last)
+                first = last
+        return self._logits(x, residual, rows_R)
+
+    def _logits(self, x_TE: Tensor | None, residual_TE: Tensor, rows_R: Tensor | None) -> Tensor:
+        if x_TE is not None and rows_R is not None:
+            x_TE, residual_TE = x_TE[rows_R], residual_TE[rows_R]
+        if residual_TE.shape[0] == 0:
+            return residual_TE.new_empty((0, self.config.vocab_size)).float()
+        eps = self.config.rms_norm_eps
+        if x_TE is None:
+            return self.head(self.ops.rms_norm(residual_TE, self.final_norm_E, eps)).float()
+        return self.head(self.ops.add_rms_norm(x_TE, residual_TE, self.final_norm_E, eps)).float()
+
+
+def group_ends(num_layers: int, groups: int) -> tuple[int, ...]:
+    """Where each of about `groups` runs of layers ends (exclusive), as even as can be."""
+    groups = max(1, min(groups, num_layers))
+    return tuple(num_layers * (i + 1) // groups for i in range(groups))

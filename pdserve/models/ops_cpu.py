@@ -1,0 +1,97 @@
+"""`ModelOps` on a CPU, in plain torch. Activations are float32; weights and KV keep the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdserve.core.errors import ConfigError
+from pdserve.models.config import ModelConfig
+from pdserve.models.cpu_attention import (
+    CpuPlan,
+    PoolGeometry,
+    attend,
+    decode_groups,
+    prefill_group,
+    write_rows,
+)
+from pdserve.models.cpu_linear import Linear, make_linear
+from pdserve.models.ops import QKNorm, SliceMeta
+from pdserve.models.rope import rope_table
+
+
+class CpuOps:
+    """See `ModelOps`."""
+
+    activation_dtype = torch.float32
+
+    def __init__(self, config: ModelConfig, device: torch.device, max_positions: int) -> None:
+        if device.type != "cpu":
+            raise ConfigError(f"the CPU operations were asked to run on {device}")
+        self._config = config
+        self._cos_PD, self._sin_PD = rope_table(config.rope, config.head_dim, max_positions)
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
+        return make_linear(weight_OI, bias_O)
+
+    def vector(self, weight: Tensor) -> Tensor:
+        return weight.float()
+
+    def bind_pool(self, pool_NL2KBD: Tensor) -> None:
+        _, layers, _, heads, block_tokens, head_dim = pool_NL2KBD.shape
+        self._geometry = PoolGeometry(
+            num_layers=layers, num_kv_heads=heads, block_tokens=block_tokens, head_dim=head_dim
+        )
+        self._token_rows = pool_NL2KBD.view(-1, head_dim)
+        self._head_rows = pool_NL2KBD.view(-1, block_tokens * head_dim)
+
+    def plan(self, slices: Sequence[SliceMeta]) -> CpuPlan:
+        window = self._config.sliding_window
+        positions = torch.cat([torch.arange(m.start, m.start + m.length) for m in slices])
+        groups = decode_groups([m for m in slices if m.length == 1], self._geometry, window)
+        groups += [prefill_group(m, self._geometry, window) for m in slices if m.length > 1]
+        return CpuPlan(
+            cos_T1D=self._cos_PD[positions].unsqueeze(1),
+            sin_T1D=self._sin_PD[positions].unsqueeze(1),
+            write_L=write_rows(slices, self._geometry),
+            groups=tuple(groups),
+        )
+
+    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
+
+    def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(residual_TE.add_(x_TE), weight_E, eps)
+
+    def rope_and_write(self, qkv_TSD: Tensor, layer: int, plan: CpuPlan, qk_norm: QKNorm | None) -> Tensor:
+        queries, keys = self._config.num_heads, self._config.num_kv_heads
+        qk_TSD = qkv_TSD[:, : queries + keys]
+        if qk_norm is not None:
+            q_THD, k_TKD = qk_TSD[:, :queries], qk_TSD[:, queries:]
+            q_THD.copy_(self.rms_norm(q_THD, qk_norm.q_D, qk_norm.eps))
+            k_TKD.copy_(self.rms_norm(k_TKD, qk_norm.k_D, qk_norm.eps))
+        half = qk_TSD.shape[-1] // 2
+        swapped = torch.cat((qk_TSD[..., half:], qk_TSD[..., :half]), dim=-1)
+        qk_TSD.mul_(plan.cos_T1D).addcmul_(swapped, plan.sin_T1D)
+        kv = qkv_TSD[:, queries:].to(self._token_rows.dtype).reshape(-1, qkv_TSD.shape[-1])
+        self._token_rows.index_copy_(0, plan.write_L[layer], kv)
+        return qkv_TSD[:, :queries]
+
+    def attention(self, q_THD: Tensor, layer: int, plan: CpuPlan) -> Tensor:
+        heads = self._config.num_kv_heads
+        if len(plan.groups) == 1:
+            return attend(q_THD, self._head_rows, plan.groups[0], layer, heads)
+        out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+        for group in plan.groups:
+            out[group.rows] = attend(q_THD, self._head_rows, group, layer, heads)
+        return out
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        gate, up = gate_up_T2F.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def layers_done(self) -> None:
+        """CPU products are finished when they return."""
