@@ -281,6 +281,5 @@ def _bytes_sent(fd: int) -> int:
 
 def units(blocks: Sequence[int], layers: tuple[int, int], num_layers: int) -> npt.NDArray[np.int32]:
     """Indices of (block, layer) units in a pool prepared with a unit per layer of a block."""
-    rows = np.asarray(blocks, dtype=np.int32)[:, None] * np.int32(num_layers)
-    indices: npt.NDArray[np.int32] = rows + np.arange(layers[0], layers[1], dtype=np.int32)
-    return indices.ravel()
+    rows = np.asarray(blocks)[:, None] * num_layers
+    return (rows + np.arange(layers[0], layers[1])).astype(np.int32).ravel()
