@@ -67,6 +67,8 @@ def convert(source: Path, target: Path, progress: Progress | None = None) -> Pat
     The weights are bfloat16 whatever the file holds. Raises `CheckpointError` for a file that is broken, of
     another family, or quantised in a way the gguf package cannot undo.
     """
+    if progress is not None:
+        progress(0.0, f"reading {source.name}")
     reader = open_gguf(source)
     meta = Metadata(str(source), reader)
     arch = read_arch(meta)
