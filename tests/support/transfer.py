@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -48,14 +49,33 @@ def fingerprint(model: str = "m", layouts: tuple[GroupLayout, ...] = LAYOUTS) ->
 class Pools:
     """Host pools, one per group: filled with random bytes, or with poison."""
 
-    def __init__(self, layouts: Sequence[GroupLayout], num_blocks: int, *, seed: int | None) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[GroupLayout],
+        num_blocks: int,
+        *,
+        seed: int | None,
+        directory: Path | None = None,
+    ) -> None:
+        """With a directory the pools are files there, which another process can look into."""
         self.layouts, self.num_blocks = tuple(layouts), num_blocks
         rng = np.random.default_rng(seed)
         self.arrays = []
         for layout in layouts:
             size = num_blocks * layout.block_bytes
-            full = np.full(size, POISON, dtype=np.uint8)
-            self.arrays.append(full if seed is None else rng.integers(0, 256, size, dtype=np.uint8))
+            array: np.ndarray = np.empty(size, dtype=np.uint8)
+            if directory is not None:
+                array = np.memmap(directory / layout.group.name, np.uint8, "w+", shape=(size,))
+            array[:] = POISON if seed is None else rng.integers(0, 256, size, dtype=np.uint8)
+            self.arrays.append(array)
+
+    @classmethod
+    def look(cls, layouts: Sequence[GroupLayout], num_blocks: int, directory: Path) -> Pools:
+        """The pools that another process has put into `directory`, as they are now."""
+        pools = cls(layouts, 0, seed=None)
+        pools.num_blocks = num_blocks
+        pools.arrays = [np.memmap(directory / layout.group.name, np.uint8, "r") for layout in layouts]
+        return pools
 
     @property
     def regions(self) -> tuple[PoolRegion, ...]:
