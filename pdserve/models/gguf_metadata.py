@@ -101,6 +101,8 @@ def open_gguf(path: Path) -> GGUFReader:
         ) from error
     size = path.stat().st_size
     for tensor in reader.tensors:
+        if int(tensor.n_elements) == 0:
+            raise CheckpointError(f"{path}: tensor {tensor.name!r} has no elements")
         if int(tensor.data_offset) + int(tensor.n_bytes) > size:
             raise CheckpointError(
                 f"{path}: tensor {tensor.name!r} ends past the end of the file; it is truncated"

@@ -1,0 +1,248 @@
+"""config.json to ModelConfig: families, spellings, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdserve.core.errors import CheckpointError, UnsupportedArchitecture
+from pdserve.models.checkpoint import save_checkpoint
+from pdserve.models.config import RopeConfig, RopeKind
+from pdserve.models.hf_config import read_config
+from tests.support.paths import shared
+
+LLAMA: dict[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
+SCALING: dict[str, object] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def folder_with(tmp_path: Path, changes: dict[str, object], *, without: tuple[str, ...] = ()) -> Path:
+    config = {key: value for key, value in (LLAMA | changes).items() if key not in without}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_plain_llama_config_is_read_with_the_defaults_of_its_class(tmp_path: Path) -> None:
+    config = read_config(folder_with(tmp_path, {}))
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 2, 8)
+    assert config.rope == RopeConfig(theta=10000.0)
+    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+    assert not config.tie_word_embeddings
+    assert config.sliding_window is None
+
+
+def test_llama_2_without_kv_heads_has_as_many_as_query_heads(tmp_path: Path) -> None:
+    assert read_config(folder_with(tmp_path, {}, without=("num_key_value_heads",))).num_kv_heads == 8
+
+
+def test_llama_biases_cover_q_k_v_and_o(tmp_path: Path) -> None:
+    config = read_config(folder_with(tmp_path, {"attention_bias": True, "mlp_bias": True}))
+    assert config.qkv_bias
+    assert config.o_bias
+    assert config.mlp_bias
+
+
+@pytest.mark.parametrize("name_key", ["rope_type", "type"])
+def test_llama_3_scaling_is_read_in_the_old_spelling(tmp_path: Path, name_key: str) -> None:
+    changes = {"rope_theta": 500000.0, "rope_scaling": {name_key: "llama3", **SCALING}}
+    assert read_config(folder_with(tmp_path, changes)).rope == RopeConfig(
+        theta=500000.0, kind=RopeKind.LLAMA3, factor=8.0, original_max_position=8192
+    )
+
+
+def test_both_spellings_of_the_same_model_are_equal(tmp_path: Path) -> None:
+    old = read_config(
+        folder_with(tmp_path, {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}})
+    )
+    changes = {
+        "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING},
+        "dtype": "bfloat16",
+    }
+    assert read_config(folder_with(tmp_path, changes, without=("torch_dtype",))) == old
+
+
+def test_linear_scaling_is_read(tmp_path: Path) -> None:
+    rope = read_config(folder_with(tmp_path, {"rope_scaling": {"type": "linear", "factor": 4}})).rope
+    assert (rope.kind, rope.factor) == (RopeKind.LINEAR, 4.0)
+
+
+def test_mistral_slides_over_its_window_and_null_means_full_attention(tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"]}
+    assert read_config(folder_with(tmp_path, mistral | {"sliding_window": 128})).sliding_window == 128
+    assert read_config(folder_with(tmp_path, mistral | {"sliding_window": None})).sliding_window is None
+
+
+def test_a_window_as_long_as_the_context_is_full_attention(tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "sliding_window": 512}
+    assert read_config(folder_with(tmp_path, mistral)).sliding_window is None
+
+
+def test_qwen2_has_biases_on_q_k_and_v_only_and_ignores_its_window_unless_told(tmp_path: Path) -> None:
+    qwen: dict[str, object] = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "sliding_window": 128,
+        "use_sliding_window": False,
+        "max_window_layers": 2,
+    }
+    config = read_config(folder_with(tmp_path, qwen))
+    assert config.qkv_bias
+    assert not config.o_bias
+    assert config.sliding_window is None
+
+
+@pytest.mark.parametrize(("first_sliding_layer", "window"), [(0, 128), (4, None)])
+def test_qwen2_layers_slide_from_max_window_layers_on(
+    tmp_path: Path, first_sliding_layer: int, window: int | None
+) -> None:
+    qwen: dict[str, object] = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "sliding_window": 128,
+        "use_sliding_window": True,
+        "max_window_layers": first_sliding_layer,
+    }
+    assert read_config(folder_with(tmp_path, qwen)).sliding_window == window
+
+
+def test_a_model_in_which_only_some_layers_slide_is_refused(tmp_path: Path) -> None:
+    qwen: dict[str, object] = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "sliding_window": 128,
+        "use_sliding_window": True,
+        "max_window_layers": 2,
+    }
+    with pytest.raises(CheckpointError, match="layers"):
+        read_config(folder_with(tmp_path, qwen))
+
+
+def test_qwen3_norms_q_and_k_and_takes_head_dim_from_the_file_or_its_class(tmp_path: Path) -> None:
+    qwen: dict[str, object] = {"architectures": ["Qwen3ForCausalLM"]}
+    assert read_config(folder_with(tmp_path, qwen)).head_dim == 128
+    config = read_config(folder_with(tmp_path, qwen | {"head_dim": 32}))
+    assert config.head_dim == 32
+    assert config.qk_norm
+    assert not config.qkv_bias
+
+
+def test_end_ids_come_from_generation_config_before_config(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, {"eos_token_id": 2, "bos_token_id": 1})
+    assert read_config(folder).eos_token_ids == (2,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9, 7]}')
+    config = read_config(folder)
+    assert config.eos_token_ids == (7, 9)
+    assert config.bos_token_id == 1
+
+
+def test_an_unstated_dtype_is_that_of_the_stored_weights(tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "torch_dtype"}
+    save_checkpoint(tmp_path, config, {"model.norm.weight": torch.ones(64, dtype=torch.float16)})
+    assert read_config(tmp_path).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM", "LlamaForCausalLM"]),
+        ({"architectures": [], "model_type": "gpt2"}, ["gpt2"]),
+        ({"architectures": [["LlamaForCausalLM"]]}, ["architecture"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures", "list"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn", "llama3"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["type", "dynamic"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, ["factor"]),
+        ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
+        ({"rope_theta": "big"}, ["rope_theta", "number"]),
+        ({"rope_theta": float("nan")}, ["rope_theta"]),
+        ({"rope_theta": float("inf")}, ["rope_theta", "finite"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["gptq", "not served"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"hidden_size": "64"}, ["hidden_size", "integer"]),
+        ({"hidden_size": True}, ["hidden_size"]),
+        ({"hidden_size": 65}, ["hidden_size", "num_attention_heads"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads"]),
+        ({"head_dim": 7}, ["head_dim", "even"]),
+        ({"vocab_size": None}, ["vocab_size"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps"]),
+        ({"torch_dtype": "int8"}, ["torch_dtype", "bfloat16"]),
+        ({"eos_token_id": [1, "2"]}, ["eos_token_id"]),
+        ({"eos_token_id": -5}, ["eos_token_id"]),
+    ],
+)
+def test_what_cannot_be_served_is_one_error_that_names_file_and_key(
+    tmp_path: Path, changes: dict[str, object], words: list[str]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config(folder_with(tmp_path, changes))
+    for word in ["config.json", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, "\udcff", "9" * 5000])
+def test_a_config_that_is_no_json_object_is_a_typed_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_missing_config_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        read_config(tmp_path)
+
+
+def test_weights_quantised_by_a_separate_file_are_refused(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, {})
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="hf_quant_config"):
+        read_config(folder)
+
+
+SERVED = {
+    "Qwen--Qwen3-0.6B": (28, 16, 8, 128),
+    "Qwen--Qwen3-8B": (36, 32, 8, 128),
+    "Qwen--Qwen3-32B": (64, 64, 8, 128),
+    "meta-llama--Llama-3.3-70B-Instruct": (80, 64, 8, 128),
+    "meta-llama--Meta-Llama-3.1-405B": (126, 128, 8, 128),
+    "meta-llama--Meta-Llama-3.1-70B": (80, 64, 8, 128),
+    "meta-llama--Meta-Llama-3.1-8B": (32, 32, 8, 128),
+    # FP8 weights, but what says so is a file beside config.json that is not among the data
+    "nvidia--Llama-3.1-70B-Instruct-FP8": (80, 64, 8, 128),
+}
+
+
+def test_every_published_config_is_read_or_refused_with_a_typed_error(tmp_path: Path) -> None:
+    files = sorted(shared("configs").glob("*_config.json"))
+    assert files
+    for file in files:
+        (tmp_path / "config.json").write_bytes(file.read_bytes())
+        name = file.name.removesuffix("_config.json")
+        if name in SERVED:
+            config = read_config(tmp_path)
+            shape = (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim)
+            assert shape == SERVED[name], name
+            expected = RopeKind.LLAMA3 if "lama" in name else RopeKind.DEFAULT
+            assert config.rope.kind is expected, name
+        elif "Qwen3-32B-FP8" in name:
+            with pytest.raises(CheckpointError, match="fp8"):
+                read_config(tmp_path)
+        else:
+            with pytest.raises(UnsupportedArchitecture):
+                read_config(tmp_path)
