@@ -59,7 +59,8 @@ class ModelRunner:
         Returns float32 [rows, vocab] on the runner's device, rows in slice order: none for `Logits.NONE`,
         one for LAST, len(tokens) for ALL. `on_layers_done(first, last_exclusive)` is called about
         `layer_groups` times, each when the KV of those layers of this step may be read by a transfer.
-        Raises `InvariantViolated` for a slice that its blocks or the context cannot hold.
+        Raises `InvariantViolated`, before anything is written, for a slice that its blocks, the context or
+        the vocabulary cannot hold.
         """
         metas = self._metas(slices)
         tokens = torch.tensor([token for s in slices for token in s.tokens], dtype=torch.int64)
@@ -76,7 +77,7 @@ class ModelRunner:
 
     def _metas(self, slices: Sequence[SequenceSlice]) -> list[SliceMeta]:
         metas, offset = [], 0
-        block_tokens = self.pools[0].layout.block_tokens
+        block_tokens, num_blocks = self.pools[0].layout.block_tokens, self.pools[0].num_blocks
         for s in slices:
             end = s.start + len(s.tokens)
             if not s.tokens or s.start < 0 or end > len(s.blocks) * block_tokens or end > self.max_model_len:
@@ -84,6 +85,10 @@ class ModelRunner:
                     f"slice of {len(s.tokens)} tokens at {s.start} with {len(s.blocks)} blocks of "
                     f"{block_tokens} tokens, context {self.max_model_len}"
                 )
+            if min(s.blocks) < 0 or max(s.blocks) >= num_blocks:
+                raise InvariantViolated(f"blocks {min(s.blocks)}..{max(s.blocks)} in a pool of {num_blocks}")
+            if min(s.tokens) < 0 or max(s.tokens) >= self.config.vocab_size:
+                raise InvariantViolated(f"token {max(s.tokens)} in a vocabulary of {self.config.vocab_size}")
             metas.append(SliceMeta(offset=offset, length=len(s.tokens), start=s.start, blocks=s.blocks))
             offset += len(s.tokens)
         if not metas:
