@@ -13,7 +13,7 @@ try:
 except ImportError as missing:
     raise TritonUnavailable from missing
 
-__all__ = ["Grid", "Kernel", "jit", "tl", "triton"]
+__all__ = ["Grid", "Kernel", "interpreted", "jit", "jit_for_any", "tl", "triton"]
 
 
 Grid = tuple[int, ...]
@@ -32,3 +32,17 @@ class Kernel(Protocol):
 def jit(fn: Callable[..., Any]) -> Kernel:
     """`triton.jit`. Under TRITON_INTERPRET=1 (set before Triton is imported) kernels run on the CPU."""
     return cast(Kernel, triton.jit(fn))
+
+
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """`jit` whose integer arguments `names` change at run time and must not cause another compilation."""
+
+    def decorate(fn: Callable[..., Any]) -> Kernel:
+        return cast(Kernel, triton.jit(fn, do_not_specialize=list(names)))
+
+    return decorate
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU under Triton's interpreter."""
+    return bool(triton.knobs.runtime.interpret)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdkernels._triton import jit, tl
+from pdkernels._triton import jit, jit_for_any, tl
 from pdkernels.paged import kv_offsets, scaled_scores
 from pdkernels.tuning import attention_config, device_config
 from pdkernels.validate import (
@@ -30,7 +30,7 @@ from pdkernels.validate import (
 )
 
 
-@jit
+@jit_for_any("layer", "table_stride")
 def decode_kernel(
     q: tl.tensor,
     pool: tl.tensor,

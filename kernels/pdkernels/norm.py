@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdkernels._triton import jit, tl
+from pdkernels._triton import jit, jit_for_any, tl
 from pdkernels.validate import (
     ceil_div,
     next_power_of_2,
@@ -23,7 +23,7 @@ MAX_E = 32768
 """A row is held in registers by one program."""
 
 
-@jit
+@jit_for_any("num_rows")
 def rms_norm_kernel(
     x: tl.tensor,
     weight: tl.tensor,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdkernels._triton import jit, tl
+from pdkernels._triton import jit, jit_for_any, tl
 from pdkernels.validate import (
     ceil_div,
     next_power_of_2,
@@ -50,7 +50,7 @@ def _norm_halves(
     return lo_HR.to(dtype).to(tl.float32), hi_HR.to(dtype).to(tl.float32)
 
 
-@jit
+@jit_for_any("layer")
 def rope_and_write_kernel(
     q: tl.tensor,
     k: tl.tensor,

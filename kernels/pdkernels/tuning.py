@@ -1,12 +1,13 @@
 """Launch configurations per GPU model. Looked up, never searched for at start-up.
 
-Every entry says where it comes from. An unknown GPU gets the default, which is chosen to compile without
-spills on sm_80 and sm_90 (docs/kernels.md), not measured for speed.
+An unknown GPU gets the default of its generation, which is chosen to compile without spills there
+(docs/kernels.md), not measured for speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Final
@@ -36,37 +37,60 @@ class DeviceConfig:
     decode: Mapping[tuple[int, int], LaunchConfig] = field(default_factory=dict)
 
 
-DEFAULT: Final = DeviceConfig(
-    measured=False,
-    prefill={
-        (2, 64): LaunchConfig(block_m=128, block_n=64, num_warps=4, num_stages=3),
-        (2, 128): LaunchConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
-        (2, 256): LaunchConfig(block_m=64, block_n=32, num_warps=8, num_stages=2),
-        (4, 64): LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=2),
-        (4, 128): LaunchConfig(block_m=32, block_n=32, num_warps=8, num_stages=2),
-        (4, 256): LaunchConfig(block_m=16, block_n=16, num_warps=8, num_stages=1),
-    },
-    decode={
-        (2, 64): LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=4),
-        (2, 128): LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=3),
-        (2, 256): LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=3),
-        (4, 64): LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=3),
-        (4, 128): LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=2),
-        (4, 256): LaunchConfig(block_m=16, block_n=16, num_warps=4, num_stages=2),
-    },
-)
+_DECODE: Final = {
+    (2, 64): LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=4),
+    (2, 128): LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=3),
+    (2, 256): LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=3),
+    (4, 64): LaunchConfig(block_m=16, block_n=32, num_warps=4, num_stages=3),
+    (4, 128): LaunchConfig(block_m=16, block_n=16, num_warps=4, num_stages=2),
+    (4, 256): LaunchConfig(block_m=16, block_n=16, num_warps=8, num_stages=2),
+}
+_PREFILL_FP32: Final = {
+    (4, 64): LaunchConfig(block_m=32, block_n=32, num_warps=4, num_stages=2),
+    (4, 128): LaunchConfig(block_m=32, block_n=16, num_warps=8, num_stages=2),
+    (4, 256): LaunchConfig(block_m=16, block_n=16, num_warps=8, num_stages=1),
+}
+
+DEFAULTS: Final[Mapping[int, DeviceConfig]] = {
+    8: DeviceConfig(
+        measured=False,
+        prefill=_PREFILL_FP32
+        | {
+            (2, 64): LaunchConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+            (2, 128): LaunchConfig(block_m=128, block_n=32, num_warps=8, num_stages=3),
+            (2, 256): LaunchConfig(block_m=64, block_n=32, num_warps=8, num_stages=2),
+        },
+        decode=_DECODE,
+    ),
+    9: DeviceConfig(
+        measured=False,
+        prefill=_PREFILL_FP32
+        | {
+            (2, 64): LaunchConfig(block_m=128, block_n=64, num_warps=4, num_stages=3),
+            (2, 128): LaunchConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+            (2, 256): LaunchConfig(block_m=64, block_n=32, num_warps=8, num_stages=2),
+        },
+        decode=_DECODE,
+    ),
+}
+"""By the major number of the compute capability; newer GPUs get the newest entry."""
 
 BY_MODEL: Final[Mapping[str, DeviceConfig]] = {}
 """Device name, as the driver reports it, to what was measured there. Nothing has been measured yet."""
+
+assumed_capability: Final[ContextVar[int]] = ContextVar("assumed_capability", default=9)
+"""What tensors that are on no GPU stand for: the interpreter's, and those of the compile report."""
 
 INTERPRETER_PROGRAMS: Final = 16
 """Stands for the device's program slots on a CPU, so that splits happen there too."""
 
 
 def device_config(device: torch.device) -> DeviceConfig:
+    """The configuration of the GPU a tensor is on."""
     if device.type != "cuda":
-        return DEFAULT
-    return BY_MODEL.get(_device_name(device.index or 0), DEFAULT)
+        return DEFAULTS[assumed_capability.get()]
+    index = device.index or 0
+    return BY_MODEL.get(_device_name(index)) or DEFAULTS[min(max(_capability(index), 8), max(DEFAULTS))]
 
 
 def program_slots(device: torch.device) -> int:
@@ -89,6 +113,11 @@ def attention_config(
 @cache
 def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+@cache
+def _capability(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
 
 
 @cache

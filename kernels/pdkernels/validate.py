@@ -53,6 +53,8 @@ def require_pool(op: str, pool: Tensor, layer: int) -> None:
     """Raise unless `pool` is a contiguous [block, layer, 2, kv_head, token, head_dim] and has `layer`."""
     require_shape(op, "pool", pool, (None, None, 2, None, None, None))
     require(pool.is_contiguous(), op, "pool", wanted="contiguous", found=pool.stride())
+    block_elements = pool.stride(0)
+    require(block_elements < 2**31, op, "pool", wanted="of under 2^31 elements a block", found=block_elements)
     require(0 <= layer < pool.shape[1], op, "layer", wanted=f"in [0, {pool.shape[1]})", found=layer)
 
 

@@ -83,3 +83,8 @@ def paged_batch(
         rows=order[:-1],
         spare_row=order[-1],
     )
+
+
+def int32_bits(shape: tuple[int, ...], device: str) -> Tensor:
+    """Random words of every sign and exponent: NaN payloads and infinities among them."""
+    return torch.randint(-(2**31), 2**31 - 1, shape, device=device).to(torch.int32)

@@ -1,0 +1,171 @@
+"""Representative launches of every kernel, for the compile report.
+
+A case calls the real wrapper on tensors without memory (torch's meta device); the launch it would make is
+what is compiled. Shapes: Llama 3 8B (32/8 heads of 128), SmolLM2 135M (9/3 of 64), Qwen2.5 (28/4 of 128),
+a Gemma-like 256-wide head with window and soft cap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from pdkernels.activation import silu_mul
+from pdkernels.blocks import gather_blocks, scatter_blocks
+from pdkernels.decode_attention import DecodeWork, decode_attention
+from pdkernels.norm import add_rms_norm, rms_norm
+from pdkernels.prefill_attention import PrefillWork, prefill_attention
+from pdkernels.rope import QKNorm, rope_and_write
+
+BF16: Final = torch.bfloat16
+FP16: Final = torch.float16
+FP32: Final = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    name: str
+    call: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """An attention geometry."""
+
+    q: int
+    kv: int
+    dim: int
+    dtype: torch.dtype = BF16
+    block_tokens: int = 64
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def __str__(self) -> str:
+        extras = [f"B{self.block_tokens}"] if self.block_tokens != 64 else []
+        extras += [f"window {self.window}"] if self.window else []
+        extras += [f"cap {self.soft_cap:g}"] if self.soft_cap else []
+        return ", ".join([f"{self.q}/{self.kv} heads of {self.dim}", _short(self.dtype), *extras])
+
+
+GEOMETRIES: Final = (
+    Heads(q=32, kv=8, dim=128),
+    Heads(q=28, kv=4, dim=128, dtype=FP16),
+    Heads(q=9, kv=3, dim=64),
+    Heads(q=32, kv=8, dim=128, block_tokens=16, window=4096),
+    Heads(q=16, kv=8, dim=256, window=4096, soft_cap=50.0),
+    Heads(q=32, kv=32, dim=80),
+    Heads(q=9, kv=3, dim=64, dtype=FP32),
+    Heads(q=32, kv=8, dim=128, dtype=FP32),
+)
+
+
+def cases() -> Iterator[Case]:
+    yield from _elementwise()
+    for heads in GEOMETRIES:
+        yield Case(f"decode, {heads}", lambda heads=heads: _decode(heads))  # type: ignore[misc]  # default binds it
+        yield Case(f"prefill, {heads}", lambda heads=heads: _prefill(heads))  # type: ignore[misc]
+
+
+def _elementwise() -> Iterator[Case]:
+    yield Case("E 4096, bf16", lambda: rms_norm(_meta(33, 4096), _meta(4096), 1e-5))
+    yield Case("heads of 128, bf16", lambda: rms_norm(_meta(33, 8, 128), _meta(128), 1e-5))
+    for width in (576, 4096, 16384):
+        yield Case(
+            f"E {width}, bf16",
+            lambda width=width: add_rms_norm(_meta(33, width), _meta(33, width), _meta(width), 1e-5),  # type: ignore[misc]
+        )
+    yield Case("F 14336, bf16", lambda: silu_mul(_meta(33, 28672)))
+    yield Case("32/8 heads of 128, bf16", lambda: _rope(GEOMETRIES[0], None))
+    norm = QKNorm(_meta(128), _meta(128), 1e-6)
+    yield Case("32/8 heads of 128, bf16, normed", lambda: _rope(GEOMETRIES[0], norm))
+    yield Case("9/3 heads of 64, fp32", lambda: _rope(GEOMETRIES[6], None))
+    yield Case(
+        "gather, 32 layers, 8 heads of 128, bf16", lambda: gather_blocks(_pool(GEOMETRIES[0]), _index(9))
+    )
+    yield Case("scatter, half of the heads", _scatter)
+
+
+def _scatter() -> None:
+    packed = _meta(9, 32, 2, 4, 64, 128)
+    scatter_blocks(packed, _pool(GEOMETRIES[0]), _index(9), heads=range(4, 8))
+
+
+def _rope(heads: Heads, norm: QKNorm | None) -> None:
+    qkv = _meta(33, heads.q + 2 * heads.kv, heads.dim, dtype=heads.dtype)
+    k_from, v_from = heads.q, heads.q + heads.kv
+    q, k, v = qkv[:, :k_from], qkv[:, k_from:v_from], qkv[:, v_from:]
+    rope_and_write(
+        q,
+        k,
+        v,
+        _pool(heads),
+        1,
+        cos_sin_PD=_meta(8192, heads.dim, dtype=FP32),
+        positions_T=_index(33),
+        slots_T=_index(33),
+        qk_norm=norm,
+    )
+
+
+def _decode(heads: Heads) -> None:
+    q = _meta(33, heads.q, heads.dim, dtype=heads.dtype)
+    decode_attention(
+        q,
+        _pool(heads),
+        1,
+        DecodeWork(
+            rows_S=_index(33),
+            context_S=_index(33),
+            tables_SM=_index(33, 130),
+            seq_C=_index(66),
+            begin_C=_index(66),
+            end_C=_index(66),
+            slot_C=_index(66),
+            first_slot_S1=_index(34),
+        ),
+        torch.empty_like(q),
+        scale=heads.dim**-0.5,
+        window=heads.window,
+        soft_cap=heads.soft_cap,
+    )
+
+
+def _prefill(heads: Heads) -> None:
+    q = _meta(333, heads.q, heads.dim, dtype=heads.dtype)
+    prefill_attention(
+        q,
+        _pool(heads),
+        1,
+        PrefillWork(
+            row_S=_index(3),
+            length_S=_index(3),
+            start_S=_index(3),
+            tables_SM=_index(3, 130),
+            seq_I=_index(17),
+            first_I=_index(17),
+        ),
+        torch.empty_like(q),
+        scale=heads.dim**-0.5,
+        window=heads.window,
+        soft_cap=heads.soft_cap,
+    )
+
+
+def _pool(heads: Heads) -> Tensor:
+    return _meta(1000, 32, 2, heads.kv, heads.block_tokens, heads.dim, dtype=heads.dtype)
+
+
+def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _index(*shape: int) -> Tensor:
+    return _meta(*shape, dtype=torch.int32)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
