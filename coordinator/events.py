@@ -24,8 +24,9 @@ class NewRequest:
     cache_salt: bytes
     arrival: float
     """Wall clock, seconds."""
+    arrived: float
     deadline: float
-    """On the registry's clock, seconds."""
+    """Both on the registry's clock, seconds."""
     ttft_target_s: float | None = None
     tpot_target_s: float | None = None
     priority: int = 0
@@ -89,11 +90,29 @@ class StopMatched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Broken:
+    """Handling another event of this request raised: our own bug. The request fails, the others go on."""
+
+    request: RequestId
+    error: PdServeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time passed: deadlines, leases, waits."""
 
 
-Event = Submit | FromWorker | WorkerJoined | WorkerDown | WorkerGone | ClientCancelled | StopMatched | Tick
+Event = (
+    Submit
+    | FromWorker
+    | WorkerJoined
+    | WorkerDown
+    | WorkerGone
+    | ClientCancelled
+    | StopMatched
+    | Broken
+    | Tick
+)
 
 # --- actions ----------------------------------------------------------------------------------------
 
@@ -111,6 +130,9 @@ class Emit:
     request: RequestId
     tokens: list[int]
     logprobs: list[TokenLogprobs]
+    """Empty, or one per token."""
+    gap_s: float | None
+    """Since the sample's previous output; None on the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,4 +152,5 @@ class End:
     report: Report
 
 
-Action = Send | Emit | EmitPrompt | End
+Output = Emit | EmitPrompt | End
+Action = Send | Output

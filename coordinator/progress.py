@@ -106,8 +106,9 @@ def _output(
         return []
     if known > 0:
         new, logprobs = new[known:], logprobs[known:]
+    gap_s = None if flight.last_token_at is None else now - flight.last_token_at
     flight.add_output(new, now)
-    return [Emit(request=flight.id, tokens=new, logprobs=logprobs)]
+    return [Emit(request=flight.id, tokens=new, logprobs=logprobs, gap_s=gap_s)]
 
 
 def settled(

@@ -20,6 +20,7 @@ from coordinator import endings, placing, progress
 from coordinator.book import Book, RegistrySettings
 from coordinator.events import (
     Action,
+    Broken,
     ClientCancelled,
     Event,
     FromWorker,
@@ -125,6 +126,9 @@ class Registry:
             case StopMatched():
                 flight = self._book.flights.get(event.request)
                 return [] if flight is None else endings.stop(self._book, flight, now)
+            case Broken():
+                flight = self._book.flights.get(event.request)
+                return [] if flight is None else endings.fail(self._book, flight, event.error, now)
             case WorkerJoined():
                 return self._worker_joined(event, now)
             case WorkerDown():
@@ -158,7 +162,7 @@ class Registry:
 
     def _take_in(self, request: NewRequest, now: float) -> Flight:
         self._order += 1
-        record = RequestRecord(id=request.id, created=now, attempt=request.first_epoch)
+        record = RequestRecord(id=request.id, created=request.arrived, attempt=request.first_epoch)
         flight = Flight(request=request, record=record, order=self._order)
         self._book.flights[request.id] = flight
         heapq.heappush(self._deadlines, (request.deadline, self._order, request.id))

@@ -520,7 +520,7 @@ class GenerateDelta(message.Message):
 
     @builtins.property
     def prompt_logprobs(self) -> PromptLogprobs:
-        """On a sample's first delta, when asked for."""
+        """On one delta of the first sample, when asked for."""
 
     @builtins.property
     def timings(self) -> Timings: ...

@@ -31,6 +31,8 @@ class GenerationStub:
     pdserve-error-field    the request field that is wrong
     pdserve-error-value    what it held (shortened)
     pdserve-error-limit    what it must be
+    pdserve-error-model    the model that is not served
+    pdserve-error-worker   the worker that was lost
     retry-after-ms         when to try again, for RESOURCE_EXHAUSTED and UNAVAILABLE
     """
 
@@ -63,6 +65,8 @@ class GenerationServicer:
     pdserve-error-field    the request field that is wrong
     pdserve-error-value    what it held (shortened)
     pdserve-error-limit    what it must be
+    pdserve-error-model    the model that is not served
+    pdserve-error-worker   the worker that was lost
     retry-after-ms         when to try again, for RESOURCE_EXHAUSTED and UNAVAILABLE
     """
 
@@ -118,6 +122,8 @@ class Generation:
     pdserve-error-field    the request field that is wrong
     pdserve-error-value    what it held (shortened)
     pdserve-error-limit    what it must be
+    pdserve-error-model    the model that is not served
+    pdserve-error-worker   the worker that was lost
     retry-after-ms         when to try again, for RESOURCE_EXHAUSTED and UNAVAILABLE
     """
 

@@ -32,6 +32,8 @@ class GenerationStub:
       pdserve-error-field    the request field that is wrong
       pdserve-error-value    what it held (shortened)
       pdserve-error-limit    what it must be
+      pdserve-error-model    the model that is not served
+      pdserve-error-worker   the worker that was lost
       retry-after-ms         when to try again, for RESOURCE_EXHAUSTED and UNAVAILABLE
     """
 
@@ -52,6 +54,8 @@ class GenerationAsyncStub(GenerationStub):
       pdserve-error-field    the request field that is wrong
       pdserve-error-value    what it held (shortened)
       pdserve-error-limit    what it must be
+      pdserve-error-model    the model that is not served
+      pdserve-error-worker   the worker that was lost
       retry-after-ms         when to try again, for RESOURCE_EXHAUSTED and UNAVAILABLE
     """
 
@@ -68,6 +72,8 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
       pdserve-error-field    the request field that is wrong
       pdserve-error-value    what it held (shortened)
       pdserve-error-limit    what it must be
+      pdserve-error-model    the model that is not served
+      pdserve-error-worker   the worker that was lost
       retry-after-ms         when to try again, for RESOURCE_EXHAUSTED and UNAVAILABLE
     """
 

@@ -1,0 +1,229 @@
+"""Performs what the registry decides: sends to workers, feeds streams, keeps time. All on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final, get_args
+
+from coordinator.events import (
+    Action,
+    Broken,
+    ClientCancelled,
+    Emit,
+    EmitPrompt,
+    End,
+    Event,
+    FromWorker,
+    NewRequest,
+    Output,
+    Send,
+    StopMatched,
+    Submit,
+    Tick,
+    WorkerDown,
+    WorkerGone,
+    WorkerJoined,
+)
+from coordinator.metrics import Metrics
+from coordinator.registry import TICK_S, Registry
+from coordinator.request_log import log_end
+from coordinator.streams import RequestStream
+from coordinator.workers import WorkerLink
+from pdserve.core.channel import Channel
+from pdserve.core.errors import PdServeError, WorkerLost
+from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.messages import Heartbeat, Hello, Message, Refused, Up, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+_UP: Final = get_args(Up)
+
+
+class Dispatcher:
+    """Times are those of the running loop's clock, which is monotonic."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        heartbeat_timeout_s: float,
+        on_workers_changed: Callable[[], None],
+    ) -> None:
+        self.registry: Final = registry
+        self._metrics = metrics
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._on_workers_changed = on_workers_changed
+        self._links: dict[WorkerId, WorkerLink] = {}
+        self._streams: dict[RequestId, RequestStream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop = asyncio.get_running_loop()
+        self._last_tick = self._loop.time()
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    # --- for the gateway ----------------------------------------------------------------------------
+
+    def submit(self, samples: tuple[NewRequest, ...]) -> RequestStream:
+        """Start a request; none of its sample ids may be active."""
+        stream = RequestStream(samples)
+        for sample in samples:
+            self._streams[sample.id] = stream
+        self._idle.clear()
+        self.handle(Submit(samples=samples))
+        self._arm()
+        return stream
+
+    def cancel(self, samples: Sequence[NewRequest], reason: str) -> None:
+        """End what is still active of them; nobody reads their stream any more."""
+        for sample in samples:
+            self._streams.pop(sample.id, None)
+            if self.registry.is_active(sample.id):
+                self.handle(ClientCancelled(request=sample.id, reason=reason))
+
+    def stop_matched(self, request: RequestId) -> None:
+        self.handle(StopMatched(request=request))
+
+    # --- workers ------------------------------------------------------------------------------------
+
+    def worker_joined(self, channel: Channel, info: WorkerInfo, model: str, rest: Sequence[Message]) -> None:
+        old = self._links.pop(info.worker, None)
+        if old is not None:
+            old.abort()
+        link = WorkerLink(channel, info, now=self.now(), on_batch=self._received, on_end=self._disconnected)
+        self._links[info.worker] = link
+        self.handle(WorkerJoined(info=info, model=model))
+        self._received(link, rest)
+        log.info("%s worker %s joined, epoch %d", info.role.value, info.worker, info.epoch)
+        self._on_workers_changed()
+
+    def worker_gone(self, worker: WorkerId, why: str) -> None:
+        """Its process has ended for certain."""
+        link = self._links.pop(worker, None)
+        if link is not None:
+            link.abort()
+        state = self.registry.fleet.get(worker)
+        if state is not None:
+            self.handle(WorkerGone(worker=worker, epoch=state.info.epoch, why=why))
+            log.info("worker %s is gone: %s", worker, why)
+            self._on_workers_changed()
+
+    def _received(self, link: WorkerLink, batch: Sequence[Message]) -> None:
+        for message in batch:
+            if not isinstance(message, _UP):
+                self._disconnected(
+                    link, f"it sent a {type(message).__name__}, which is not a worker's to send"
+                )
+                return
+            if isinstance(message, Refused):
+                self._metrics.refusals.labels(link.info.worker, message.reason.value).inc()
+            self.handle(FromWorker(worker=link.info.worker, epoch=link.info.epoch, message=message))
+
+    def _disconnected(self, link: WorkerLink, why: str) -> None:
+        link.abort()
+        worker, epoch = link.info.worker, link.info.epoch
+        if self._links.get(worker) is link:
+            del self._links[worker]
+            log.warning("worker %s is down: %s", worker, why)
+            self.handle(WorkerDown(worker=worker, epoch=epoch, why=why))
+            self._on_workers_changed()
+
+    # --- the registry's hands -----------------------------------------------------------------------
+
+    def handle(self, event: Event) -> None:
+        now = self._loop.time()
+        try:
+            actions = self.registry.handle(event, now)
+        except PdServeError as error:
+            # Our own bug (an illegal transition, say). It costs the one request its answer, nobody else's.
+            request = _request_of(event)
+            log.exception("handling %s of request %s failed", type(event).__name__, request)
+            if request is None:
+                raise
+            actions = self.registry.handle(Broken(request=request, error=error), now)
+        for action in actions:
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, Send):
+            link = self._links.get(action.worker)
+            if link is not None:
+                link.send(action.message)
+            return
+        self._observe(action)
+        if isinstance(action, End):
+            stream = self._streams.pop(action.request, None)
+            if not self.registry.num_active:
+                self._idle.set()
+        else:
+            stream = self._streams.get(action.request)
+        if stream is not None:
+            stream.feed(action)
+
+    def _observe(self, output: Output) -> None:
+        match output:
+            case Emit(gap_s=float(gap_s), tokens=tokens, request=request):
+                stream = self._streams.get(request)
+                if stream is not None:
+                    self._metrics.gap(stream.samples[0].model, gap_s, len(tokens))
+            case End(report=report, outcome=outcome):
+                self._metrics.ended(report, outcome)
+                log_end(report, outcome)
+            case Emit() | EmitPrompt():
+                pass
+
+    # --- time ---------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        self._drop_silent(now)
+        self.handle(Tick())
+        self._metrics.observe_fleet(self.registry.fleet)
+        self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)
+        self._last_tick = now
+        self._arm()
+
+    def _arm(self) -> None:
+        wanted = self.registry.next_tick(self._loop.time())
+        if self._timer.cancelled() or self._timer.when() > wanted or self._timer.when() <= self._last_tick:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(wanted, self._tick)
+
+    def _drop_silent(self, now: float) -> None:
+        if now - self._last_tick > self._heartbeat_timeout_s / 2:
+            # This loop was held up, not the workers: hear first what they sent meanwhile.
+            for link in self._links.values():
+                link.last_heard = now
+            return
+        for link in list(self._links.values()):
+            silent_s = now - link.last_heard
+            if silent_s > self._heartbeat_timeout_s:
+                self._disconnected(link, f"no sign of life for {silent_s:.1f} s")
+
+    async def stop(self, grace_s: float) -> None:
+        """Let requests finish for `grace_s`, end the rest as cancelled, close the connections."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        for request in list(self._streams):
+            self.handle(Broken(request=request, error=WorkerLost("coordinator", "it is stopping")))
+        self._timer.cancel()
+        links = list(self._links.values())
+        self._links.clear()
+        await asyncio.gather(*(link.close() for link in links))
+
+
+def _request_of(event: Event) -> RequestId | None:
+    match event:
+        case FromWorker(message=message):
+            return None if isinstance(message, (Heartbeat, Hello, WorkerInfo)) else message.attempt.request
+        case ClientCancelled(request=request) | StopMatched(request=request) | Broken(request=request):
+            return request
+        case _:
+            return None

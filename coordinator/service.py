@@ -1,0 +1,206 @@
+"""The coordinator: one asyncio process between clients and workers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer  # `health.aio`, which the stubs do not know
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from coordinator.book import RegistrySettings
+from coordinator.dispatcher import Dispatcher
+from coordinator.gateway import SERVICE, Gateway, GatewaySettings
+from coordinator.metrics import Metrics
+from coordinator.models import LoadedModel, ServedModel
+from coordinator.registry import Registry
+from coordinator.router import Router
+from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
+from coordinator.workers import dial
+from pdserve.core.config import CoordinatorSettings, ServeConfig
+from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound
+from pdserve.core.ids import WorkerId
+from pdserve.core.messages import Role, WorkerInfo
+from pdserve.core.sampling import SamplingLimits
+
+_TOKENISER_THREADS: Final = 2
+_MIB: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    grpc: str
+    """host:port"""
+    metrics_port: int
+
+
+class Coordinator:
+    """`start` and everything after it on one running event loop.
+
+    A worker that falls silent gets no more requests, and its requests go on elsewhere; but its peers keep the
+    blocks it may still write to until `remove_worker` says that its process has ended.
+    """
+
+    def __init__(self, config: ServeConfig, models: Sequence[ServedModel]) -> None:
+        if not models:
+            raise ConfigError("a coordinator needs at least one model")
+        names = [model.name for model in models]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"model names must differ, got {', '.join(names)}")
+        self._config, self._served = config, tuple(models)
+        self._metrics = Metrics()
+        self._tokenisers = ThreadPoolExecutor(_TOKENISER_THREADS, thread_name_prefix="tokenise")
+        self._health = HealthServicer()
+        self._running: _Running | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> Endpoints:
+        """Load tokenizers and listen. Raises `CheckpointError`, or `ConfigError` when a port is taken."""
+        loaded = await asyncio.gather(*(asyncio.to_thread(LoadedModel.load, m) for m in self._served))
+        models = {model.served.name: model for model in loaded}
+        settings = self._config.coordinator
+        dispatcher = Dispatcher(
+            Registry(_registry_settings(self._config), Router(settings.policy, self._config.seed)),
+            self._metrics,
+            heartbeat_timeout_s=settings.heartbeat_timeout_s,
+            on_workers_changed=self._workers_changed,
+        )
+        gateway = Gateway(dispatcher, models, _gateway_settings(settings), self._metrics, self._tokenisers)
+        server, port = _listen(settings, gateway, self._health)
+        metrics_server = _serve_metrics(settings, self._metrics)
+        self._running = _Running(dispatcher, server, metrics_server)
+        await server.start()
+        await self._update_health()
+        return Endpoints(f"{settings.host}:{port}", metrics_server.server_port)
+
+    async def add_worker(self, address: str, *, model: str | None = None) -> WorkerInfo:
+        """Dial a worker and put it to use; one of the same name is taken to be replaced, its process ended.
+
+        `model` may stay None while one model is served. Raises `WorkerLost`, `ProtocolError`,
+        `ModelNotFound`, and `FingerprintMismatch` for a worker that does not fit the others of its model.
+        """
+        running = self._require_running()
+        name = self._model_name(model)
+        channel, info, rest = await dial(address, sender="coordinator")
+        try:
+            for peer in running.dispatcher.registry.fleet:
+                if peer.model == name and peer.id != info.worker:
+                    info.fingerprint.require_same(peer.info.fingerprint, peer=peer.id)
+        except FingerprintMismatch:
+            channel.abort()
+            raise
+        running.dispatcher.worker_joined(channel, info, name, rest)
+        return info
+
+    async def remove_worker(self, worker_id: WorkerId, why: str) -> None:
+        """The worker's process has ended for certain: its requests go on elsewhere. Unknown ids: nothing."""
+        self._require_running().dispatcher.worker_gone(worker_id, why)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, let the others finish for `grace_s` seconds, end what is left, close."""
+        running, self._running = self._running, None
+        if running is not None:
+            await self._health.enter_graceful_shutdown()
+            refusing = asyncio.create_task(running.server.stop(grace_s + 1.0))
+            await running.dispatcher.stop(grace_s)
+            await refusing
+            running.metrics_server.shutdown()
+            running.metrics_server.server_close()
+        self._tokenisers.shutdown(cancel_futures=True)
+
+    def snapshot(self) -> CoordinatorSnapshot:
+        """What is going on, for the command line and for tests."""
+        return take_snapshot(self._require_running().dispatcher.registry)
+
+    def _workers_changed(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._update_health())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _update_health(self) -> None:
+        """Serving: a decode worker is up. Models by name; the whole server when every model is."""
+        if self._running is None:
+            return
+        fleet = self._running.dispatcher.registry.fleet
+        up = {model.name: bool(fleet.of(model.name, Role.DECODE)) for model in self._served}
+        for name, serving in itertools.chain(up.items(), ((n, all(up.values())) for n in ("", SERVICE))):
+            status = "SERVING" if serving else "NOT_SERVING"
+            await self._health.set(name, health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+
+    def _model_name(self, model: str | None) -> str:
+        names = [served.name for served in self._served]
+        if model is None and len(names) == 1:
+            return names[0]
+        if model not in names:
+            raise ModelNotFound(str(model), names)
+        return model
+
+    def _require_running(self) -> _Running:
+        if self._running is None:
+            raise ConfigError("the coordinator is not running; start it first")
+        return self._running
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    dispatcher: Dispatcher
+    server: grpc.aio.Server
+    metrics_server: WSGIServer
+
+
+def _registry_settings(config: ServeConfig) -> RegistrySettings:
+    return RegistrySettings(
+        max_queued_requests=config.coordinator.max_queued_requests,
+        max_attempts=config.coordinator.max_attempts,
+        lease_s=config.transfer.lease_s,
+        transfer_deadline_s=config.transfer.deadline_s,
+    )
+
+
+def _gateway_settings(settings: CoordinatorSettings) -> GatewaySettings:
+    return GatewaySettings(
+        default_max_tokens=settings.default_max_tokens,
+        default_timeout_s=settings.default_timeout_s,
+        max_attempts=settings.max_attempts,
+        limits=SamplingLimits(),
+    )
+
+
+def _listen(
+    settings: CoordinatorSettings, gateway: Gateway, health_servicer: HealthServicer
+) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", settings.max_message_mib * _MIB),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a coin toss
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+        ]
+    )
+    server.add_generic_rpc_handlers((gateway.handler(),))
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        return server, server.add_insecure_port(f"{settings.host}:{settings.port}")
+    except RuntimeError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise ConfigError(f"coordinator.port: cannot listen on {where}; choose another (0: any)") from error
+
+
+def _serve_metrics(settings: CoordinatorSettings, metrics: Metrics) -> WSGIServer:
+    """A thread of its own, so that a slow scrape holds up no token."""
+    try:
+        server, _thread = start_http_server(settings.metrics_port, settings.host, metrics.registry)
+    except OSError as error:
+        where = f"{settings.host}:{settings.metrics_port}"
+        raise ConfigError(f"coordinator.metrics_port: cannot listen on {where}: {error.strerror}") from error
+    return server
