@@ -51,6 +51,10 @@ class Channel:
         """Bytes written but not yet taken by the kernel."""
         return self._writer.transport.get_write_buffer_size()
 
+    def abort(self) -> None:
+        """Drop the connection at once, with what is still queued: for a peer that has stopped reading."""
+        self._writer.transport.abort()
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(ConnectionError, ssl.SSLError):  # the peer may have gone first

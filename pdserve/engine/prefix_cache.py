@@ -15,7 +15,7 @@ from typing import NewType
 
 from pdserve.core.errors import BlockPoolExhausted
 from pdserve.core.ids import BlockId
-from pdserve.engine.block_pool import CACHE_HOLDER, BlockPool, Holder
+from pdserve.engine.block_pool import CACHE_HOLDER, BlockPool, BlockState, Holder
 
 BlockHash = NewType("BlockHash", bytes)
 
@@ -40,6 +40,14 @@ class PrefixHashes:
                 BlockHash(blake2b(parent + chunk.tobytes(), digest_size=_DIGEST_BYTES).digest())
             )
         return self._hashes[: len(tokens) // size]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Blocks of one sequence, in order: what the cache had, then new ones."""
+
+    cached: list[BlockId]
+    fresh: list[BlockId]
 
 
 @dataclass(slots=True)
@@ -108,6 +116,25 @@ class PrefixCache:
         while self._pool.num_free < count:
             self._evict_one()
         return self._pool.allocate(count, holder)
+
+    def reserve(
+        self,
+        hashes: Sequence[BlockHash],
+        num_tokens: int,
+        *,
+        total: int,
+        cached_holder: Holder,
+        fresh_holder: Holder,
+        spare: int = 0,
+    ) -> Reservation | None:
+        """`total` blocks for a sequence, its cached prefix first; None, and nothing changed, when they and
+        `spare` more are not there. Idle blocks that the prefix hits are not free to be taken as well."""
+        cached = self.lookup(hashes, num_tokens)
+        idle = sum(1 for block in cached if self._pool.state(block) is BlockState.CACHED)
+        if total - len(cached) + spare > self._pool.num_available - idle:
+            return None
+        cached = self.claim(hashes, num_tokens, cached_holder)
+        return Reservation(cached, self.allocate(total - len(cached), fresh_holder))
 
     def clear(self) -> None:
         """Let go of every block, such as after the weights changed."""

@@ -1,0 +1,64 @@
+"""A decode worker: the scheduler's plans, computed by the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from decode.scheduler import DecodeScheduler
+from pdserve.worker.backends import configured_backend
+from pdserve.worker.compute import compute
+from pdserve.worker.loop import Perform
+from pdserve.worker.ports import BackendFactory, EnginePort
+from pdserve.worker.running import RunningWorker, launch, load_engine, longest_sequence
+from pdserve.worker.spec import WorkerSpec
+
+
+class DecodeRole:
+    """Computes `DecodeScheduler`'s plans. Used by one thread."""
+
+    def __init__(
+        self, scheduler: DecodeScheduler, engine: EnginePort, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.scheduler = scheduler
+        self._engine, self._clock = engine, clock
+
+    def step(self, perform: Perform) -> bool:
+        plan, actions = self.scheduler.schedule(self._clock())
+        perform(actions)
+        if plan is None:
+            return False
+        results = compute(self._engine, [turn.work() for turn in plan.turns])
+        perform(self.scheduler.complete(plan, results, self._clock()))
+        return True
+
+
+def start_decode_worker(
+    spec: WorkerSpec, *, engine: EnginePort | None = None, backend_factory: BackendFactory | None = None
+) -> RunningWorker:
+    """Start a decode worker in this process: loads the model unless given an engine, then listens.
+
+    Raises the engine's and the transfer backend's typed errors, and OSError for a bad address.
+    """
+    settings = spec.config.decode
+
+    def make_role(engine: EnginePort) -> DecodeRole:
+        scheduler = DecodeScheduler(
+            worker=spec.worker,
+            epoch=spec.epoch,
+            block_tokens=engine.block_tokens,
+            num_blocks=engine.num_blocks,
+            max_len=longest_sequence(engine),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            prefix_caching=spec.config.cache.enable_prefix_caching,
+        )
+        return DecodeRole(scheduler, engine)
+
+    return launch(
+        spec,
+        engine or load_engine(spec),
+        make_role,
+        max_num_seqs=settings.max_num_seqs,
+        backend_factory=backend_factory or configured_backend(spec.config.transfer),
+    )

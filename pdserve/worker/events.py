@@ -1,0 +1,71 @@
+"""What reaches a worker's scheduler, and what it asks to be done: both plain data.
+
+The schedulers of `prefill` and `decode` are pure: `handle(event, now) -> actions`. The compute loop feeds
+them from its inbox and performs what they return, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NewType
+
+from kvtransfer.protocol import Push, TransferEvent
+from pdserve.core.ids import AttemptId, WorkerId
+from pdserve.core.messages import ConnectPeer, Message
+
+OwnerId = NewType("OwnerId", int)
+"""One connection of one coordinator; a coordinator that reconnects is a new owner."""
+
+
+@dataclass(frozen=True, slots=True)
+class FromCoordinator:
+    owner: OwnerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorLost:
+    """The connection ended: nobody waits for the answers to its requests."""
+
+    owner: OwnerId
+
+
+Event = FromCoordinator | CoordinatorLost | TransferEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Put a message into the owner's next frame."""
+
+    owner: OwnerId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitPush:
+    push: Push
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectTransfer:
+    peer: ConnectPeer
+
+
+@dataclass(frozen=True, slots=True)
+class DisconnectTransfer:
+    """That process of the peer is gone for certain."""
+
+    peer: WorkerId
+    epoch: int
+
+
+Action = Send | SubmitPush | ConnectTransfer | DisconnectTransfer
+Actions = Sequence[Action]
+
+
+def attempt_of(message: Message) -> AttemptId | None:
+    """The attempt that a message is about, if it is about one."""
+    spec = getattr(message, "spec", None)
+    attempt = getattr(message if spec is None else spec, "attempt", None)
+    return attempt if isinstance(attempt, AttemptId) else None

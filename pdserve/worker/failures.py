@@ -1,0 +1,17 @@
+"""How an error becomes the end of an attempt."""
+
+from __future__ import annotations
+
+from pdserve.core.errors import ErrorCode, PdServeError
+from pdserve.core.ids import AttemptId
+from pdserve.core.messages import AttemptFailed
+
+
+def attempt_failed(attempt: AttemptId, error: Exception) -> AttemptFailed:
+    """Typed errors keep their code; anything else is INTERNAL, and another attempt may do better."""
+    if isinstance(error, PdServeError):
+        return AttemptFailed(
+            attempt=attempt, code=error.code.value, message=str(error), retryable=error.retryable
+        )
+    message = f"{type(error).__name__}: {error}"
+    return AttemptFailed(attempt=attempt, code=ErrorCode.INTERNAL.value, message=message, retryable=True)

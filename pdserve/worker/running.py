@@ -1,0 +1,169 @@
+"""A worker that runs in this process: channel server, transfer service and compute loop, as one thing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from kvtransfer.protocol import PoolRegion
+from kvtransfer.service import TransferService
+from pdserve.core.errors import ConfigError, InvariantViolated
+from pdserve.core.messages import Heartbeat, WorkerInfo
+from pdserve.engine.build import build_engine
+from pdserve.worker.host import WorkerHost
+from pdserve.worker.loop import ComputeLoop, Inbox, Role
+from pdserve.worker.ports import BackendFactory, EnginePort, PoolPort, TransferPort
+from pdserve.worker.spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+TRANSFER_STOP_S: Final = 10.0
+
+
+class RunningWorker:
+    """Started by `prefill.worker.start_prefill_worker` or `decode.worker.start_decode_worker`."""
+
+    def __init__(
+        self,
+        *,
+        info: WorkerInfo,
+        address: str,
+        host: WorkerHost,
+        loop: ComputeLoop,
+        inbox: Inbox,
+        transfer: TransferPort,
+    ) -> None:
+        self.info, self.address = info, address
+        self._host, self._loop, self._inbox, self._transfer = host, loop, inbox, transfer
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._compute, name=f"{info.worker}-compute", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until the worker's loops end; raises what killed them, if they were not stopped."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End the loops and close everything; requests that still run are lost. Safe to call twice."""
+        self._inbox.stop()
+        self._thread.join()
+
+    def snapshot(self) -> Heartbeat:
+        """State after the latest tick. Raises `InvariantViolated` when blocks are not conserved."""
+        return _conserved(self._loop.heartbeat())
+
+    def wait_for(self, condition: Callable[[Heartbeat], bool], timeout_s: float = 10.0) -> Heartbeat:
+        """The first state that meets `condition`; TimeoutError when none does in time."""
+        return _conserved(self._loop.wait_for(condition, timeout_s))
+
+    def _compute(self) -> None:
+        try:
+            self._loop.run()
+        except BaseException as error:  # the process's outermost loop: `wait` raises it
+            self._failure = error
+            log.critical("worker %s died", self.info.worker, exc_info=error)
+        finally:
+            # A worker that cannot compute must not look alive: coordinators see their connections end.
+            self._host.stop()
+            self._transfer.stop()
+            if not self._transfer.join(TRANSFER_STOP_S):
+                log.error("the transfer thread of %s does not end", self.info.worker)
+
+
+def launch(
+    spec: WorkerSpec,
+    engine: EnginePort,
+    make_role: Callable[[EnginePort], Role],
+    *,
+    max_num_seqs: int,
+    backend_factory: BackendFactory,
+) -> RunningWorker:
+    """Put a worker's parts together and start them: transfers first, then the channel, then computing."""
+    regions = pool_regions(engine)
+    inbox = Inbox(time.monotonic)
+    backend = backend_factory(spec.worker, spec.epoch, regions, engine.fingerprint)
+    with contextlib.ExitStack() as undo:
+        undo.callback(backend.close)
+        role = make_role(engine)
+        info = _info(spec, engine, metadata=backend.metadata, max_num_seqs=max_num_seqs)
+        transfer = TransferService(backend, inbox.put)
+        undo.pop_all()
+        transfer.start()
+        undo.callback(transfer.stop)
+        loops: list[ComputeLoop] = []
+        host = WorkerHost(
+            info=info,
+            on_event=inbox.put,
+            heartbeat=lambda: loops[0].heartbeat(),
+            heartbeat_s=spec.config.cluster.heartbeat_s,
+        )
+        loops.append(ComputeLoop(role=role, host=host, transfer=transfer, inbox=inbox))
+        address = host.start(spec.listen)
+        undo.pop_all()
+    return RunningWorker(info=info, address=address, host=host, loop=loops[0], inbox=inbox, transfer=transfer)
+
+
+def load_engine(spec: WorkerSpec) -> EnginePort:
+    """The engine that the spec asks for. Raises `CheckpointError`, `ConfigError`."""
+    return build_engine(
+        spec.model_dir,
+        spec.config.model,
+        spec.config.cache,
+        device=spec.device,
+        num_threads=spec.num_threads,
+    )
+
+
+def pool_regions(engine: EnginePort) -> list[PoolRegion]:
+    """The engine's pools as a transfer backend registers them. One cache group is served today."""
+    if len(engine.runner.pools) != 1:
+        raise ConfigError(f"models with {len(engine.runner.pools)} cache groups are not served: one is")
+    return [
+        PoolRegion(
+            address=pool.address,
+            size_bytes=pool.size_bytes,
+            layout=pool.layout,
+            num_blocks=pool.num_blocks,
+            device=_device_index(pool),
+        )
+        for pool in engine.runner.pools
+    ]
+
+
+def _device_index(pool: PoolPort) -> int | None:
+    return None if pool.device.type == "cpu" else pool.device.index or 0
+
+
+def longest_sequence(engine: EnginePort) -> int:
+    """Tokens of the longest sequence that this worker can hold: the model's context, or its whole pool."""
+    return min(engine.runner.max_model_len, engine.num_blocks * engine.block_tokens)
+
+
+def _info(spec: WorkerSpec, engine: EnginePort, *, metadata: bytes, max_num_seqs: int) -> WorkerInfo:
+    return WorkerInfo(
+        worker=spec.worker,
+        role=spec.role,
+        epoch=spec.epoch,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        fingerprint=engine.fingerprint,
+        transfer_metadata=metadata,
+        num_blocks=engine.num_blocks,
+        block_tokens=engine.block_tokens,
+        max_model_len=longest_sequence(engine),
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def _conserved(beat: Heartbeat) -> Heartbeat:
+    if not beat.blocks.conserved:
+        raise InvariantViolated(f"{beat.worker}: blocks are not conserved: {beat.blocks}")
+    return beat

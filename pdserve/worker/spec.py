@@ -1,0 +1,27 @@
+"""What a worker process is told to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdserve.core.config import ServeConfig
+from pdserve.core.ids import WorkerId
+from pdserve.core.messages import Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """One worker: its place in the deployment and where it listens for coordinators."""
+
+    worker: WorkerId
+    role: Role
+    epoch: int
+    """Of the process; higher after every restart."""
+    config: ServeConfig
+    model_dir: Path
+    listen: str
+    """`unix:/path` or `tcp:host:port`; port 0 picks a free one."""
+    device: str = "cpu"
+    num_threads: int | None = None
+    """Compute threads; None leaves the choice to torch."""
