@@ -1,1 +1,89 @@
-check: ; ruff format --check . && ruff check . && mypy && PYTHONPATH=kernels lint-imports
+# make demo     ask a model a question through a prefill worker and a decode worker, on this machine
+# make test     the whole test suite (under ten minutes on two cores)
+# make check    format, lint, types, layers: the whole gate before a commit
+# make help     everything else
+
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+PROMPT ?= What is the capital of France, and what is it known for?
+
+# The first interpreter that runs and is new enough; a name on PATH may be a shim that does not run.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+PIP     = $(BIN)/python -m pip --disable-pip-version-check -q
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow chaos check format bench proto docs clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1|/' | column -t -s'|'
+
+demo: $(STAMPS)/run ## Install, fetch the default model, serve it, ask it a question, stop
+	@$(BIN)/pdserve demo "$(PROMPT)"
+
+test: $(STAMPS)/dev ## Run the test suite
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --ignore=tests/kernels
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" tests/kernels
+
+test-slow: $(STAMPS)/dev ## Run the tests that take minutes
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+chaos: $(STAMPS)/dev ## Kill workers under load, again and again
+	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e -m "ray" -k "kill"
+
+check: $(STAMPS)/dev ## The whole gate: format, lint, types, layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@PYTHONPATH=kernels $(BIN)/lint-imports
+
+format: $(STAMPS)/dev ## Format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMPS)/dev ## Measure against transformers and vLLM on the same checkpoint
+	@$(BIN)/python -m benchmarks
+
+proto: $(STAMPS)/dev ## Regenerate the gRPC stubs
+	@PYTHONPATH=. $(BIN)/python -m pdserve.core.proto.generate
+
+docs: $(STAMPS)/dev ## Regenerate the pages that come from code
+	@PYTHONPATH=kernels $(BIN)/python -m pdkernels.report
+	@$(BIN)/python -m pdserve.cli.reference docs
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# --- installation -----------------------------------------------------------------------------------
+# Stamps: a step runs again only when what it depends on has changed.
+
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" || { echo "pdserve needs Python 3.11, 3.12 or 3.13 on PATH; set PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch first, and without CUDA where there is no NVIDIA GPU: the CUDA build is 20 times as large. Where no
+# build marked +cpu is offered, the plain one is the right one (macOS) or the only one.
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
+	@echo "Installing PyTorch $(TORCH) (this and the next step take a few minutes the first time)"
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install "torch==$(TORCH)" -c constraints.txt; \
+	else \
+		$(PIP) install "torch==$(TORCH)+cpu" -c constraints.txt 2>/dev/null || \
+		$(PIP) install "torch==$(TORCH)+cpu" -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null || \
+		$(PIP) install "torch==$(TORCH)" -c constraints.txt; \
+	fi
+	@touch $@
+
+$(STAMPS)/run: $(STAMPS)/torch pyproject.toml
+	@echo "Installing pdserve"
+	@$(PIP) install -e . -c constraints.txt
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/run
+	@echo "Installing what tests and checks need"
+	@$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 import uvloop
+
 from coordinator.models import ServedModel
 from coordinator.service import Coordinator
-
-from pdserve.cluster.placement import PlacementPlan, plan_placement
+from pdserve.cluster.placement import Node, PlacementPlan, plan_placement
 from pdserve.cluster.ray_host import RayHost
 from pdserve.cluster.ray_session import RaySession, close_session, open_session
 from pdserve.cluster.supervisor import Supervisor
 from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
-from pdserve.models.store import resolve
+from pdserve.models import store
 from pdserve.worker.hosting import Progress
 
 log = logging.getLogger(__name__)
@@ -64,17 +64,20 @@ class Environment:
     """PyTorch's allocator settings for CUDA."""
     ray_auth_token: str | None
     ray_auth_token_path: str | None
-    ray_address: str | None
+    cache_dir: Path | None
+    """PDSERVE_CACHE, or a folder of XDG_CACHE_HOME; None leaves it to the model store."""
 
 
 def read_environment() -> Environment:
+    """Read it all, once."""
     get = os.environ.get
+    cache, xdg = get("PDSERVE_CACHE"), get("XDG_CACHE_HOME")
     return Environment(
         cuda_visible_devices=get("CUDA_VISIBLE_DEVICES"),
         cuda_allocator=get("PYTORCH_ALLOC_CONF") or get("PYTORCH_CUDA_ALLOC_CONF") or "",
         ray_auth_token=get("RAY_AUTH_TOKEN"),
         ray_auth_token_path=get("RAY_AUTH_TOKEN_PATH"),
-        ray_address=get("RAY_ADDRESS"),
+        cache_dir=Path(cache) if cache else Path(xdg, "pdserve") if xdg else None,
     )
 
 
@@ -103,9 +106,9 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
     left running then.
     """
     environment = read_environment()
-    _refuse_slow_allocator(environment)
+    refuse_slow_allocator(environment)
     _require_free_port("coordinator.port (--port)", config.coordinator.host, config.coordinator.port)
-    model_dir = await resolve_model(config, report)
+    model_dir = await asyncio.to_thread(resolve_model, config, environment, report)
     served = ServedModel.from_dir(
         model_dir, name=config.model.served_model_name, max_model_len=config.model.max_model_len
     )
@@ -140,14 +143,51 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         )
 
 
-async def resolve_model(config: ServeConfig, report: Report) -> Path:
+async def try_ray(config: ServeConfig) -> list[Node]:
+    """Start (or join) Ray as `deployed` would, look at its nodes, and leave. Raises `ConfigError`."""
+    quiet = config.model_copy(update={"cluster": config.cluster.model_copy(update={"dashboard": False})})
+    session = _start_ray(quiet, read_environment(), _silent)
+    try:
+        return session.nodes()
+    finally:
+        close_session(session, grace_s=STOP_GRACE_S)
+
+
+def resolve_model(config: ServeConfig, environment: Environment, report: Report) -> Path:
     """The Hugging Face directory of the configured model, fetched and converted on first use."""
 
     def progress(fraction: float, text: str) -> None:
         report("model", text, fraction)
 
-    report("model", f"looking for {config.model.model}")
-    return await asyncio.to_thread(resolve, config.model.model, progress=progress)
+    return store.resolve(config.model.model, progress, cache_dir=environment.cache_dir)
+
+
+def pull_model(name: str | None, report: Report) -> Path:
+    """Fetch a model of the catalogue, the default one for None."""
+    chosen = name or store.DEFAULT_MODEL
+    return store.pull(
+        chosen,
+        lambda fraction, text: report("model", text, fraction),
+        cache_dir=read_environment().cache_dir,
+    )
+
+
+def list_models() -> list[store.ModelEntry]:
+    """The models that can be named."""
+    return store.list_models(cache_dir=read_environment().cache_dir)
+
+
+def inspect_model(config: ServeConfig) -> tuple[Path, str]:
+    """Where the configured model is and what it is, from its headers. Raises `CheckpointError`."""
+    # Here, not at the top: both import torch, which only workers and this need.
+    from pdserve.models.checkpoint import Checkpoint
+    from pdserve.models.hf_config import read_config
+
+    path = resolve_model(config, read_environment(), _silent)
+    model = read_config(path)
+    with Checkpoint.open(path) as checkpoint:
+        gigabytes = checkpoint.total_bytes / 1e9
+    return path, f"{model.architecture}, {model.num_layers} layers, {model.dtype}, {gigabytes:.2f} GB"
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -180,6 +220,10 @@ def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return runner.run(guarded())
 
 
+def _silent(what: str, text: str, fraction: float | None = None) -> None:
+    """A `Report` that says nothing."""
+
+
 def _start_ray(config: ServeConfig, environment: Environment, report: Report) -> RaySession:
     local = config.cluster.address == "local"
     report("ray", "starting Ray on this machine" if local else f"joining Ray at {config.cluster.address}")
@@ -188,7 +232,6 @@ def _start_ray(config: ServeConfig, environment: Environment, report: Report) ->
         os.environ.setdefault(name, value)
     if local and environment.ray_auth_token is None and environment.ray_auth_token_path is None:
         # Ray would write a token into the home directory, for every cluster of this user, and say so.
-        os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     workers = config.prefill.workers + config.decode.workers
     needed = workers * (config.cluster.cpus_per_worker or 1)
@@ -220,7 +263,8 @@ def _worker_progress(report: Report) -> Callable[[WorkerId, Progress], None]:
     return lambda worker, progress: report(str(worker), progress.text, progress.fraction)
 
 
-def _refuse_slow_allocator(environment: Environment) -> None:
+def refuse_slow_allocator(environment: Environment) -> None:
+    """Raise `ConfigError` when the CUDA allocator is set to memory that peers cannot open."""
     if "expandable_segments:true" in environment.cuda_allocator.lower().replace(" ", ""):
         raise ConfigError(
             "PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, which makes KV transfers between GPUs "
@@ -255,3 +299,6 @@ class _CoordinatorRegistry:
 
     async def remove(self, worker: WorkerId, why: str) -> None:
         await self.coordinator.remove_worker(worker, why)
+
+    def is_up(self, worker: WorkerId) -> bool:
+        return any(entry.id == worker and entry.up for entry in self.coordinator.snapshot().workers)

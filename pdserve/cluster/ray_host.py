@@ -201,7 +201,10 @@ class RayWorker:
         try:
             async with asyncio.timeout(grace_s):
                 await self.actor.stop.remote()
-                await self.died()
+                # Unlike a kill, this is an end that Ray does not report as a crash.
+                self.actor.__ray_terminate__.remote()
+                if self.pidfd is not None:
+                    await _readable(self.pidfd)
         except (TimeoutError, ray.exceptions.RayError) as error:
             log.warning("%s did not stop in %.1f s: %s", self.worker, grace_s, _first_line(error))
         await self.kill()

@@ -59,6 +59,8 @@ def open_session(
     `worker_env`: set for workers on a joined cluster; a local one inherits ours.
     """
     local = settings.address == "local"
+    # Ray prints a paragraph about every worker that dies; the supervisor says it in a line.
+    ray._private.worker._worker_logs_enabled = False
     before = {child.pid for child in psutil.Process().children()}
     run_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir=_RUN_ROOT))
     on_sigterm = signal.getsignal(signal.SIGTERM)

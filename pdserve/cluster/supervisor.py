@@ -6,8 +6,9 @@
                      '---- back-off <---- removed from the coordinator <'
 
 One task per worker. A worker is dead when its process ended, when its own loops failed (`WorkerHandle.died`
-says so within milliseconds), or when it answered no ping within a bound: a stopped process looks alive to
-everyone but its clients. Its successor has the same name and the next epoch.
+says so within milliseconds), when it answered no ping within a bound (a stopped process looks alive to
+everyone but its clients), or when the coordinator gave it up. Its successor has the same name and the next
+epoch.
 """
 
 from __future__ import annotations
@@ -61,7 +62,13 @@ class Registry(Protocol):
 
     async def add(self, address: str) -> None: ...
 
-    async def remove(self, worker: WorkerId, why: str) -> None: ...
+    async def remove(self, worker: WorkerId, why: str) -> None:
+        """The process has ended for certain."""
+        ...
+
+    def is_up(self, worker: WorkerId) -> bool:
+        """False: it gets no requests, though its process may live."""
+        ...
 
 
 @dataclass(slots=True)
@@ -145,7 +152,7 @@ class Supervisor:
     async def _keep_alive(self, watched: _Watched) -> None:
         while True:
             if watched.handle is not None:
-                why = await self._until_dead(watched.handle)
+                why = await self._until_dead(watched.slot.worker, watched.handle)
                 lived_s = asyncio.get_running_loop().time() - watched.started
                 await self._bury(watched, why)
             else:
@@ -172,9 +179,9 @@ class Supervisor:
         await handle.kill()
         await self._registry.remove(watched.slot.worker, why)
 
-    async def _until_dead(self, handle: WorkerHandle) -> str:
+    async def _until_dead(self, worker: WorkerId, handle: WorkerHandle) -> str:
         died = asyncio.ensure_future(handle.died())
-        silent = asyncio.ensure_future(self._until_silent(handle))
+        silent = asyncio.ensure_future(self._until_silent(worker, handle))
         try:
             await asyncio.wait((died, silent), return_when=asyncio.FIRST_COMPLETED)
             return (died if died.done() else silent).result()
@@ -183,7 +190,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(died, silent, return_exceptions=True)
 
-    async def _until_silent(self, handle: WorkerHandle) -> str:
+    async def _until_silent(self, worker: WorkerId, handle: WorkerHandle) -> str:
         while True:
             try:
                 async with asyncio.timeout(self._ping_timeout_s):
@@ -192,4 +199,6 @@ class Supervisor:
                 return f"no answer for {self._ping_timeout_s:g} s"
             except WorkerLost as error:
                 return str(error)
+            if not self._registry.is_up(worker):
+                return "the coordinator gave it up"
             await asyncio.sleep(self._ping_timeout_s / _PINGS_PER_TIMEOUT)

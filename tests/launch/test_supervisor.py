@@ -47,6 +47,7 @@ class FakeCluster:
     workers: dict[str, FakeWorker] = field(default_factory=dict)
     fail: dict[str, Exception] = field(default_factory=dict)
     added: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    given_up: set[WorkerId] = field(default_factory=set)
 
     async def launch(self, slot: WorkerSlot, epoch: int) -> FakeWorker:
         name = f"{slot.worker}.{epoch}"
@@ -62,6 +63,9 @@ class FakeCluster:
 
     async def remove(self, worker: WorkerId, why: str) -> None:
         self.log.append(f"remove {worker}: {why}")
+
+    def is_up(self, worker: WorkerId) -> bool:
+        return worker not in self.given_up
 
 
 def drive(
@@ -131,6 +135,16 @@ def test_a_worker_that_lives_but_answers_nothing_is_replaced() -> None:
 
     log, _ = drive(scenario, D0, ping_timeout_s=0.02)
     assert "remove decode-0: no answer for 0.02 s" in log
+
+
+def test_a_worker_that_the_coordinator_gave_up_is_replaced_though_it_answers() -> None:
+    async def scenario(cluster: FakeCluster, supervisor: Supervisor) -> None:
+        await supervisor.start()
+        cluster.given_up.add(P0.worker)
+        await until_added(cluster, "prefill-0.2")
+
+    log, _ = drive(scenario, P0, ping_timeout_s=0.02)
+    assert "remove prefill-0: the coordinator gave it up" in log
 
 
 def test_the_death_of_one_worker_leaves_the_other_alone() -> None:

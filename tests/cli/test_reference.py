@@ -1,0 +1,76 @@
+"""Generated pages are what is committed, and no knob appears by accident."""
+
+from __future__ import annotations
+
+import pytest
+
+from pdserve.cli.reference import PAGES, knobs
+from pdserve.core.config import ServeConfig
+from pdserve.core.lifecycle import NEXT, Phase
+from tests.support.paths import REPO
+
+KNOBS = """
+model.model                      text                = `SmolLM2-135M-Instruct`
+model.served_model_name          text or nothing     = nothing
+model.dtype                      `auto`, `bfloat16`, `float16`, `float32` = `auto`
+model.max_model_len              integer or nothing  = nothing
+model.load_format                `auto`, `dummy`     = `auto`
+cache.block_size                 integer             = `64`
+cache.num_blocks                 integer or nothing  = nothing
+cache.memory_gib                 number or nothing   = nothing
+cache.gpu_memory_utilization     number              = `0.9`
+cache.enable_prefix_caching      true or false       = `true`
+prefill.workers                  integer             = `1`
+prefill.max_num_batched_tokens   integer             = `512`
+prefill.max_num_seqs             integer             = `32`
+decode.workers                   integer             = `1`
+decode.max_num_seqs              integer             = `64`
+decode.max_num_batched_tokens    integer             = `512`
+transfer.backend                 `nixl`, `local`, `fake` = `nixl`
+transfer.layer_groups            integer             = `4`
+transfer.deadline_s              number              = `30.0`
+transfer.lease_s                 number              = `30.0`
+coordinator.host                 text                = `127.0.0.1`
+coordinator.port                 integer             = `50051`
+coordinator.metrics_port         integer             = `0`
+coordinator.policy               `power_of_two`, `least_loaded`, `round_robin`, `random` = `power_of_two`
+coordinator.max_queued_requests  integer             = `1024`
+coordinator.max_message_mib      integer             = `16`
+coordinator.max_attempts         integer             = `3`
+coordinator.heartbeat_timeout_s  number              = `5.0`
+coordinator.default_max_tokens   integer             = `256`
+coordinator.default_timeout_s    number              = `600.0`
+cluster.address                  text                = `local`
+cluster.accelerator_type         text or nothing     = nothing
+cluster.gpus_per_worker          number or nothing   = nothing
+cluster.cpus_per_worker          integer or nothing  = nothing
+cluster.dashboard                true or false       = `true`
+cluster.dashboard_port           integer             = `8265`
+cluster.heartbeat_s              number              = `0.5`
+cluster.start_timeout_s          number              = `300.0`
+seed                             integer             = `0`
+"""
+
+
+def test_every_knob_is_known_with_its_type_and_default() -> None:
+    found = [" ".join(f"{path} {kind} = {default}".split()) for path, kind, default in knobs()]
+    assert found == [" ".join(line.split()) for line in KNOBS.strip().splitlines()]
+
+
+def test_every_knob_has_words() -> None:
+    for name, field in ServeConfig.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        for key, knob in (inner or {name: field}).items():
+            assert knob.description, f"{name}.{key} needs a docstring in pdserve/core/config.py"
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_a_generated_page_is_the_committed_one(name: str) -> None:
+    assert (REPO / "docs" / name).read_text() == PAGES[name](), "run `make docs`"
+
+
+def test_the_lifecycle_page_draws_every_transition() -> None:
+    page = PAGES["lifecycle.md"]()
+    for phase in Phase:
+        for after in NEXT[phase]:
+            assert f"    {phase} --> {after}\n" in page
