@@ -4,10 +4,6 @@ One prepared list per pool, a unit per layer of a block; NIXL merges neighbours,
 blocks go out as one piece (13.7 GB/s for 8 whole blocks of 1.4 MB; measured against a list of whole blocks
 and against building descriptors per push, which takes twice the time to prepare).
 
-    connect ─> PROBING ─> READY ─> FAILED ─(connect again)─> PROBING
-                 │ pushes wait        '─ pushes fail at once; those under way are asked for their end
-                 '─ a probe that takes too long: READY, path unknown
-
 A peer that restarted (higher epoch) is another agent to NIXL; the old one stays until its pushes are terminal
 or it is disconnected, because a process that was only stopped may still write what was under way.
 
@@ -21,8 +17,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path as File
 from typing import Final
 
@@ -35,6 +29,7 @@ from kvtransfer.metadata import (
     remote_pools,
 )
 from kvtransfer.nixl_agent import AgentError, Memory, NixlAgent, PeerDisconnected, State, units
+from kvtransfer.nixl_peer import Flight, Peer, Phase
 from kvtransfer.path import LARGE_BYTES, SMALL_BYTES, Probe, host_identity
 from kvtransfer.protocol import (
     NoteArrived,
@@ -64,40 +59,6 @@ BLIND_WAIT_S: Final = 0.001
 """Where notes may come by RDMA, whose arrival no descriptor shows."""
 _NOTE: Final = b"\x01"
 """Goes before every note: NIXL drops empty ones, and other kinds can follow."""
-
-
-class _Phase(Enum):
-    PROBING = "probing"
-    READY = "ready"
-    FAILED = "failed"
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A write under way. `push` is None for what is left of a probe."""
-
-    handle: int
-    push: Push | None
-    size_bytes: int
-    began: float
-
-
-@dataclass(slots=True)
-class _Peer:
-    """One process of a peer: an epoch."""
-
-    worker: WorkerId
-    epoch: int
-    agent: str
-    pools: tuple[RemotePool, ...]
-    lists: list[int]
-    probe: Probe
-    phase: _Phase = _Phase.PROBING
-    probe_until: float | None = None
-    path: PathInfo = field(default_factory=lambda: PathInfo(path=Path.UNKNOWN))
-    error: str = ""
-    waiting: list[Push] = field(default_factory=list)
-    flights: list[_Flight] = field(default_factory=list)
 
 
 class NixlBackend:
@@ -131,8 +92,8 @@ class NixlBackend:
         self._host = host_identity()
         self._metadata = self._describe()
         self._blind = not self._agent.wake_fds or _has_rdma()
-        self._peers: dict[WorkerId, _Peer] = {}
-        self._old_peers: list[_Peer] = []
+        self._peers: dict[WorkerId, Peer] = {}
+        self._old_peers: list[Peer] = []
         self._events: list[TransferEvent] = []
         self._unreleased: list[int] = []
         self._closed = False
@@ -150,7 +111,7 @@ class NixlBackend:
         return self._agent.wake_fds
 
     def max_wait_s(self, now: float) -> float | None:
-        if any(peer.phase is _Phase.PROBING or peer.flights for peer in self._all_peers()):
+        if any(peer.phase is Phase.PROBING or peer.flights for peer in self._all_peers()):
             return BLIND_WAIT_S
         return BLIND_WAIT_S if self._blind else IDLE_WAIT_S
 
@@ -166,8 +127,8 @@ class NixlBackend:
         if known is not None:
             if epoch < known.epoch:
                 raise TransferError(f"peer {peer} of epoch {epoch} is older than the known {known.epoch}")
-            if epoch == known.epoch and known.phase is not _Phase.FAILED:
-                if known.phase is _Phase.READY:
+            if epoch == known.epoch and known.phase is not Phase.FAILED:
+                if known.phase is Phase.READY:
                     self._events.append(PeerConnected(peer=peer, epoch=epoch, path=known.path))
                 return
             self._retire(known)
@@ -183,7 +144,7 @@ class NixlBackend:
             one.flights.clear()
             self._forget(one)
 
-    def _meet(self, found: PeerMetadata) -> _Peer:
+    def _meet(self, found: PeerMetadata) -> Peer:
         if found.scratch is None:
             raise TransferError(f"peer {found.worker} offers no scratch memory to probe")
         name = self._agent.add_peer(found.agent_metadata)
@@ -208,9 +169,9 @@ class NixlBackend:
             on_device=on_device,
             clock=self._clock,
         )
-        return _Peer(found.worker, found.epoch, name, found.pools, lists, probe)
+        return Peer(found.worker, found.epoch, name, found.pools, lists, probe)
 
-    def _retire(self, peer: _Peer) -> None:
+    def _retire(self, peer: Peer) -> None:
         """A newer process or a fresh connection takes its place; what is under way is seen to its end."""
         self._end_waiting(peer, f"{peer.worker} was connected anew")
         self._keep_probe_handle(peer)
@@ -220,7 +181,7 @@ class NixlBackend:
         else:
             self._forget(peer)
 
-    def _forget(self, peer: _Peer) -> None:
+    def _forget(self, peer: Peer) -> None:
         handle = peer.probe.abandon()
         if handle is not None:
             self._release(handle)
@@ -238,7 +199,7 @@ class NixlBackend:
             self._agent.remove_peer(name)
         self._take_notes(self._agent.drain())
 
-    def _all_peers(self) -> list[_Peer]:
+    def _all_peers(self) -> list[Peer]:
         return [*self._peers.values(), *self._old_peers]
 
     # --- pushes -------------------------------------------------------------------------------------
@@ -247,14 +208,14 @@ class NixlBackend:
         peer = self._peers.get(push.peer)
         if peer is None:
             self._refuse(push, f"{push.peer} is not connected")
-        elif peer.phase is _Phase.FAILED:
+        elif peer.phase is Phase.FAILED:
             self._refuse(push, peer.error)
-        elif peer.phase is _Phase.PROBING:
+        elif peer.phase is Phase.PROBING:
             peer.waiting.append(push)
         else:
             self._start(peer, push)
 
-    def _start(self, peer: _Peer, push: Push) -> None:
+    def _start(self, peer: Peer, push: Push) -> None:
         handle = None
         began = self._clock()
         try:
@@ -266,7 +227,7 @@ class NixlBackend:
         except TransferError as error:
             self._events.append(self._push_failed(push, str(error)))
         else:
-            flight = _Flight(handle, push, push_bytes(push, self._regions[push.group].layout), began)
+            flight = Flight(handle, push, push_bytes(push, self._regions[push.group].layout), began)
             if state is State.RUNNING:
                 peer.flights.append(flight)
                 return
@@ -274,7 +235,7 @@ class NixlBackend:
         if handle is not None:
             self._release(handle)
 
-    def _make(self, peer: _Peer, push: Push) -> int:
+    def _make(self, peer: Peer, push: Push) -> int:
         require_push(push, self._regions)
         require_blocks(push.id, "destination", push.dst_blocks, peer.pools[push.group].num_blocks)
         num_layers = self._regions[push.group].layout.group.num_layers
@@ -292,12 +253,12 @@ class NixlBackend:
     def _push_failed(self, push: Push, error: str) -> PushEnded:
         return PushEnded(id=push.id, outcome=Outcome.FAILED, error=error)
 
-    def _end_waiting(self, peer: _Peer, why: str) -> None:
+    def _end_waiting(self, peer: Peer, why: str) -> None:
         for push in peer.waiting:
             self._refuse(push, why)
         peer.waiting.clear()
 
-    def _ended(self, flight: _Flight, outcome: Outcome, error: str = "") -> None:
+    def _ended(self, flight: Flight, outcome: Outcome, error: str = "") -> None:
         if flight.push is not None:
             moved = flight.size_bytes if outcome is Outcome.COMPLETED else 0
             seconds = self._clock() - flight.began
@@ -310,7 +271,7 @@ class NixlBackend:
     def poll(self, now: float) -> list[TransferEvent]:
         self._take_notes(self._agent.notes())
         for peer in self._all_peers():
-            if peer.phase is _Phase.PROBING:
+            if peer.phase is Phase.PROBING:
                 self._step_probe(peer, now)
             if peer.flights:
                 self._step_flights(peer)
@@ -325,7 +286,7 @@ class NixlBackend:
             else:
                 log.warning("a note of an unknown kind from %s was ignored", name)
 
-    def _step_probe(self, peer: _Peer, now: float) -> None:
+    def _step_probe(self, peer: Peer, now: float) -> None:
         if peer.probe_until is None:
             peer.probe_until = now + PROBE_TIMEOUT_S
         try:
@@ -339,18 +300,18 @@ class NixlBackend:
             log.warning("the probe of %s took over %.1f s: path unknown", peer.worker, PROBE_TIMEOUT_S)
             self._keep_probe_handle(peer)
             path = peer.probe.unmeasured()
-        peer.phase, peer.path = _Phase.READY, path
+        peer.phase, peer.path = Phase.READY, path
         self._events.append(PeerConnected(peer=peer.worker, epoch=peer.epoch, path=path))
         waiting, peer.waiting = peer.waiting, []
         for push in waiting:
             self.submit(push)
 
-    def _keep_probe_handle(self, peer: _Peer) -> None:
+    def _keep_probe_handle(self, peer: Peer) -> None:
         handle = peer.probe.abandon()
         if handle is not None:
-            peer.flights.append(_Flight(handle, None, 0, self._clock()))
+            peer.flights.append(Flight(handle, None, 0, self._clock()))
 
-    def _step_flights(self, peer: _Peer) -> None:
+    def _step_flights(self, peer: Peer) -> None:
         flights, peer.flights = peer.flights, []
         for flight in flights:
             try:
@@ -369,10 +330,10 @@ class NixlBackend:
         if peer in self._old_peers and not peer.flights:
             self._forget(peer)
 
-    def _fail_peer(self, peer: _Peer, error: str) -> None:
-        if peer.phase is _Phase.FAILED:
+    def _fail_peer(self, peer: Peer, error: str) -> None:
+        if peer.phase is Phase.FAILED:
             return
-        peer.phase, peer.error = _Phase.FAILED, f"{peer.worker} is gone: {error}"
+        peer.phase, peer.error = Phase.FAILED, f"{peer.worker} is gone: {error}"
         self._keep_probe_handle(peer)
         self._end_waiting(peer, peer.error)
         if self._peers.get(peer.worker) is peer:

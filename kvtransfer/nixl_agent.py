@@ -66,6 +66,7 @@ class NixlAgent:
     def __init__(self, name: str, *, ucx: Mapping[str, str]) -> None:
         """`ucx`: settings without their prefix; a value cannot hold a comma (NIXL splits at it)."""
         self.name = name
+        options = {"engine_config": _engine_config(ucx)} if ucx else {}
         self._nixl = load_nixl()
         self._failures = _failure_types(self._nixl)
         config = self._nixl.nixlAgentConfig()
@@ -75,8 +76,8 @@ class NixlAgent:
         with self._errors("create the agent"):
             self._agent = self._nixl.nixlAgent(name, config)
         before = _event_polls()
-        with self._errors("create the UCX backend"):
-            self._agent.createBackend("UCX", {"engine_config": _engine_config(ucx)} if ucx else {})
+        with self._errors("create the UCX backend (UCX says why on stderr)"):
+            self._agent.createBackend("UCX", options)
         self.wake_fds: tuple[int, ...] = tuple(fd for fd in _event_polls() - before if _watches_sockets(fd))
         self._registered: list[Any] = []
 

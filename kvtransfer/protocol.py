@@ -67,6 +67,7 @@ class Push:
 
 class Outcome(StrEnum):
     COMPLETED = "completed"
+    """The bytes are in the peer's memory. Its note is on the way, and is lost if the peer dies now."""
     FAILED = "failed"
     """Terminal: nothing reads or writes its blocks any more."""
     TIMED_OUT = "timed_out"
