@@ -208,19 +208,20 @@ def _merges_from_scores(vocabulary: Vocabulary, scores: Sequence[float]) -> list
     """Every way to put a piece together from two others, best score of the result first.
 
     Sentencepiece joins the neighbours whose union has the best score; a merge list in that order makes
-    `tokenizers` do the same.
+    `tokenizers` do the same. Where scores are equal (Llama 2's runs of spaces all have -1e9) sentencepiece
+    goes from left to right, so that the left piece grows: the longer left piece comes first.
     """
     index = {
         token: i
         for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
         if kind not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
     }
-    ranked: list[tuple[float, int, int, str, str]] = []
+    ranked: list[tuple[float, int, int, int, str, str]] = []
     for token, i in index.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in index and right in index:
-                ranked.append((-scores[i], index[left], index[right], left, right))
+                ranked.append((-scores[i], -len(left), -len(right), i, left, right))
     ranked.sort()
     return [(left, right) for *_, left, right in ranked]
 

@@ -44,7 +44,7 @@ def test_a_plain_llama_config_is_read_with_the_defaults_of_its_class(tmp_path: P
     config = read_config(folder_with(tmp_path, {}))
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 2, 8)
     assert config.rope == RopeConfig(theta=10000.0)
-    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (False,) * 4
     assert not config.tie_word_embeddings
     assert config.sliding_window is None
 
