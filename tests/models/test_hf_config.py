@@ -246,3 +246,33 @@ def test_every_published_config_is_read_or_refused_with_a_typed_error(tmp_path: 
         else:
             with pytest.raises(UnsupportedArchitecture):
                 read_config(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_what_transformers_writes_is_what_it_and_we_read(
+    tmp_path: Path, architecture: str, window: int | None
+) -> None:
+    import transformers
+
+    values = {key: value for key, value in LLAMA.items() if key not in ("architectures", "torch_dtype")}
+    if architecture in ("Qwen2", "Qwen3"):
+        values |= {"use_sliding_window": window is not None, "max_window_layers": 0}
+    if architecture != "Llama":
+        values["sliding_window"] = window
+    written = getattr(transformers, f"{architecture}Config")(
+        **values,
+        architectures=[f"{architecture}ForCausalLM"],
+        dtype="float16",
+        eos_token_id=[5, 6],
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+    )
+    written.save_pretrained(tmp_path)
+    config = read_config(tmp_path)
+    assert config.architecture == f"{architecture}ForCausalLM"
+    assert config.head_dim == (getattr(written, "head_dim", None) or 8)
+    assert config.sliding_window == (None if architecture == "Llama" else window)
+    assert (config.rope.kind, config.rope.factor, config.rope.theta) == (RopeKind.LINEAR, 2.0, 1e6)
+    assert config.dtype == "float16"
+    assert config.eos_token_ids == (5, 6)
+    assert config.tie_word_embeddings is written.tie_word_embeddings
