@@ -100,10 +100,10 @@ class Deployment:
 
 @contextlib.asynccontextmanager
 async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deployment]:
-    """Start everything `config` asks for; on leaving, end all of it. Run it on the main thread.
+    """Start everything `config` asks for; on leaving, end all of it.
 
     Raises `ConfigError`, `CheckpointError`, `ModelNotFound` or `WorkerLost` when it cannot start; nothing is
-    left running then.
+    left running then. Run it on the main thread, or on one that lives as long.
     """
     environment = read_environment()
     refuse_slow_allocator(environment)

@@ -79,7 +79,7 @@ def check_transfer(_: ServeConfig) -> Finding:
 
 
 def check_ray(config: ServeConfig) -> Finding:
-    missing = installed("ray", "ray[default]")
+    missing = installed("ray", "ray")
     if missing is not None:
         return missing
     from pdserve import launch  # Ray takes a second to import

@@ -80,13 +80,21 @@ def run_service(config: ServeConfig) -> None:
             async with launch.deployed(config, report) as deployment:
                 report.close()
                 _announce(deployment)
-                try:
-                    await asyncio.Event().wait()
-                finally:
-                    ERR.print("stopping: no new requests; those that run get a few seconds")
+                await _until_told_to_stop()
+                ERR.print("stopping: no new requests; those that run get a few seconds")
         ERR.print("stopped")
 
     launch.run(main)
+
+
+async def _until_told_to_stop() -> None:
+    """A signal cancels us: here, and only here, that is the normal end."""
+    task = asyncio.current_task()
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        if task is not None:
+            task.uncancel()
 
 
 def _announce(deployment: Deployment) -> None:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def open_session(
 ) -> RaySession:
     """Start or join a Ray cluster; blocks for 3 to 10 seconds. Raises `ConfigError` when none answers.
 
-    Call it from the main thread: Ray's processes end with the thread that started them.
+    Call it from the main thread, or one that outlives the session: Ray's processes end with their starter.
     `worker_env`: set for workers on a joined cluster; a local one inherits ours.
     """
     local = settings.address == "local"
@@ -72,7 +73,8 @@ def open_session(
         what = "Ray did not start here" if local else f"no Ray cluster answers at {settings.address}"
         raise ConfigError(f"cluster.address: {what}: {_first_line(error)}") from error
     finally:
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it over
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it over
     address: Any = context.address_info
     children = psutil.Process().children(recursive=True) if local else []
     return RaySession(

@@ -33,6 +33,8 @@ class WorkerHandle(Protocol):
 
     @property
     def address(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
 
     async def died(self) -> str:
         """Complete, with the reason, when the process has ended or the worker's own loops have failed."""
@@ -142,6 +144,10 @@ class Supervisor:
     def epochs(self) -> dict[WorkerId, int]:
         """The incarnation of each worker; 1 is the first."""
         return {watched.slot.worker: watched.epoch for watched in self._watched}
+
+    def pids(self) -> dict[WorkerId, int]:
+        """The process of each worker that lives."""
+        return {w.slot.worker: w.handle.pid for w in self._watched if w.handle is not None}
 
     async def _launch(self, watched: _Watched) -> None:
         watched.epoch += 1

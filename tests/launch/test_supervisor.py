@@ -24,6 +24,7 @@ class FakeWorker:
     log: list[str]
     death: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     answers: bool = True
+    pid: int = 1
 
     async def died(self) -> str:
         return await asyncio.shield(self.death)
