@@ -1,8 +1,8 @@
 """Pushes through NIXL: shared memory or TCP between processes on CPUs, NVLink or RDMA between GPUs.
 
 One prepared list per pool, a unit per layer of a block; NIXL merges neighbours, so whole blocks and runs of
-blocks go out as one piece (13.7 GB/s for 8 whole blocks of 1.4 MB; measured against a list of whole blocks
-and against building descriptors per push, which takes twice the time to prepare).
+blocks go out as one piece. Naming units takes 48 us for 8 whole blocks of 30 layers and 13 us for 8 layers of
+them; describing each push's memory anew, the alternative, took 84 us and 21 us in the same run.
 
 A peer that restarted (higher epoch) is another agent to NIXL; the old one stays until its pushes are terminal
 or it is disconnected, because a process that was only stopped may still write what was under way.
