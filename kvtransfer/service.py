@@ -4,9 +4,9 @@ Waking. The thread sleeps in one `epoll` on its own eventfd (written by `submit`
 backend's `wake_fds`; nothing is polled on a timer unless the backend asks for it. While a push is under way
 the thread first spins (`SPIN_POLLS` polls with the GIL yielded between them), then sleeps in steps of 1 ms,
 because transports without a descriptor complete silently. Measured in one run on a loaded two-core machine,
-share of a core while idle: this 0.3% (0.03% were it not for the 50 ms that the NIXL backend asks for, in case a
-descriptor fails to tell), a timer of 1 ms 4.7%, NIXL's progress thread 39% as shipped and 2.4% with a delay of
-1 ms. A note is an event 0.4 ms (best) to 0.7 ms (median) after an idle sender's `submit`: docs/transfer.md.
+share of a core while idle: this 0.3% (0.03% were it not for the 50 ms that the NIXL backend asks for, in case
+a descriptor fails to tell), a timer of 1 ms 4.7%, NIXL's progress thread 39% as shipped and 2.4% with a delay
+of 1 ms. A note is an event 0.4 ms (best), 0.7 ms (median) after an idle sender's `submit`: docs/transfer.md.
 
 Order. Pushes to one peer start in the order of `submit`; at most `max_inflight_bytes` of them are under way.
 Peers take turns, one push each, with a `poll` between, so notes are seen while a long backlog is sent.
