@@ -328,3 +328,17 @@ def test_a_damaged_header_converts_or_is_a_typed_error(
         convert(source, folder / "out")
     except CheckpointError:
         assert [path.name for path in folder.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize(("arch", "name"), [("llama", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")])
+def test_a_sliding_window_is_kept(tmp_path: Path, arch: str, name: str) -> None:
+    vocab = byte_vocab(extra={f"{arch}.attention.sliding_window": 64, "tokenizer.ggml.eot_token_id": 7})
+    config = read_config(converted(tmp_path, arch, vocab=vocab)[0])
+    assert config.architecture == f"{name}ForCausalLM"
+    assert config.sliding_window == 64
+    assert config.eos_token_ids == (262, 7, 263)
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="llama with experts"):
+        converted(tmp_path, "llama", vocab=byte_vocab(extra={"llama.expert_count": 8}))
