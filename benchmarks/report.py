@@ -133,7 +133,7 @@ def _figures(run: Run) -> str:
             known = (system.name, metric.title) not in UNKNOWN
             cells.append(_spread(values, metric.digits) if known else "-")
         rows.append(cells)
-    return _table(["system", *(metric.title for metric in METRICS)], rows)
+    return markdown_table(["system", *(metric.title for metric in METRICS)], rows)
 
 
 def _ratios(run: Run) -> list[str]:
@@ -150,7 +150,7 @@ def _ratios(run: Run) -> list[str]:
             for mine in ours
         ]
         if rows and peers:
-            tables += [f"**{metric.title}**", _table(["", *(peer.name for peer in peers)], rows)]
+            tables += [f"**{metric.title}**", markdown_table(["", *(peer.name for peer in peers)], rows)]
     return tables or ["Nothing to compare: this run held no peer, or no pdserve."]
 
 
@@ -169,7 +169,7 @@ def _memory(run: Run) -> str:
         )
     head = ["system", "peak serving, GiB", "peak starting, GiB", "start, s", "cores busy when idle"]
     note = "Memory is the summed PSS of all processes of a system, the benchmark's client left out."
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{markdown_table(head, rows)}\n\n{note}"
 
 
 def _commands(run: Run) -> list[str]:
@@ -199,6 +199,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{median} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

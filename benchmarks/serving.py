@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Final
 
 import psutil
-from pdserve.models.store import resolve
 
 from benchmarks.environment import REPO, describe_environment
 from benchmarks.measure import run_round, start_and_warm_up
@@ -31,6 +30,7 @@ from benchmarks.systems.pdserve import PdserveColocated, PdserveDisaggregated
 from benchmarks.systems.transformers import TransformersGenerate, TransformersServe
 from benchmarks.systems.vllm import Vllm, VllmDisaggregated
 from benchmarks.workload import FULL, QUICK, PromptSource, Workload
+from pdserve.models.store import resolve
 
 SYSTEMS: Final[dict[str, type[System]]] = {
     kind.name: kind
@@ -172,19 +172,28 @@ def _kv_bytes_per_token(model_dir: Path) -> int:
     return int(config["num_hidden_layers"]) * 2 * int(heads) * int(head_dim) * 2
 
 
-def run_benchmark(model: str, options: Options, *, out: Path, kv_gib: int, start_timeout_s: float) -> Run:
-    """Measure, and write results.json and results.md to `out` (also when systems failed)."""
-    environment, began_s = describe_environment(), time.perf_counter()
+def make_setup(
+    model: str, workload: Workload, *, log_dir: Path, kv_gib: int = 1, start_timeout_s: float = 600.0
+) -> Setup:
+    """What every system is built from; fetches the model where it is not here yet."""
     model_dir = resolve(model)
-    setup = Setup(
+    return Setup(
         model_dir=model_dir,
-        workload=options.workload,
-        log_dir=out / "logs",
+        workload=workload,
+        log_dir=log_dir,
         cores=tuple(allowed_cores()),
         kv_gib=kv_gib,
         kv_bytes_per_token=_kv_bytes_per_token(model_dir),
         start_timeout_s=start_timeout_s,
         venv_root=REPO,
+    )
+
+
+def run_benchmark(model: str, options: Options, *, out: Path, kv_gib: int, start_timeout_s: float) -> Run:
+    """Measure, and write results.json and results.md to `out` (also when systems failed)."""
+    environment, began_s = describe_environment(), time.perf_counter()
+    setup = make_setup(
+        model, options.workload, log_dir=out / "logs", kv_gib=kv_gib, start_timeout_s=start_timeout_s
     )
     benchmark = Benchmark(setup, options)
     try:
@@ -192,7 +201,7 @@ def run_benchmark(model: str, options: Options, *, out: Path, kv_gib: int, start
             asyncio.run(_until_told_to_stop(benchmark))
     finally:
         run = Run(
-            model=model_dir.name,
+            model=setup.model_dir.name,
             dtype="bfloat16",
             kv_gib=kv_gib,
             workload=options.workload,

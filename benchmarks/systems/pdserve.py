@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import grpc
-import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.environment import installed_versions
@@ -71,16 +70,9 @@ class PdserveDisaggregated(System):
         )
 
     def _command(self, port: int) -> Command:
-        config = {
-            "cache": {"memory_gib": self.setup.kv_gib},
-            "coordinator": {"port": port},
-            "cluster": {"dashboard": False},
-        }
-        path = self.setup.log_dir / f"{self.name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(config))
         argv = [str(Path(sys.executable).parent / "pdserve"), "serve", "--model", str(self.setup.model_dir)]
-        argv += ["--prefill", str(self.prefill_workers), "--decode", "1", "--config", str(path)]
+        argv += ["--prefill", str(self.prefill_workers), "--decode", "1", "--port", str(port)]
+        argv += ["--no-dashboard", "--set", f"cache.memory_gib={self.setup.kv_gib}"]
         return Command(argv=tuple(argv), env={}, log=self.log())
 
     async def _is_serving(self) -> bool:
