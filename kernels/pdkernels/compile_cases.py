@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -20,6 +21,7 @@ from pdkernels.decode_attention import DecodeWork, decode_attention
 from pdkernels.norm import add_rms_norm, rms_norm
 from pdkernels.prefill_attention import PrefillWork, prefill_attention
 from pdkernels.rope import QKNorm, rope_and_write
+from pdkernels.sampling import Adjustments, DrawParams, adjust_logits, sample
 
 BF16: Final = torch.bfloat16
 FP16: Final = torch.float16
@@ -30,6 +32,8 @@ FP32: Final = torch.float32
 class Case:
     name: str
     call: Callable[[], object]
+    quick: bool = True
+    """In the short list: together, one of every kernel and of every attention configuration in common use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +69,18 @@ GEOMETRIES: Final = (
 
 def cases() -> Iterator[Case]:
     yield from _elementwise()
-    for heads in GEOMETRIES:
-        yield Case(f"decode, {heads}", lambda heads=heads: _decode(heads))  # type: ignore[misc]  # default binds it
-        yield Case(f"prefill, {heads}", lambda heads=heads: _prefill(heads))  # type: ignore[misc]
+    for index, heads in enumerate(GEOMETRIES):
+        quick = index in (0, 2, 6)
+        yield Case(f"decode, {heads}", partial(_decode, heads), quick)
+        yield Case(f"prefill, {heads}", partial(_prefill, heads), quick)
 
 
 def _elementwise() -> Iterator[Case]:
-    yield Case("E 4096, bf16", lambda: rms_norm(_meta(33, 4096), _meta(4096), 1e-5))
-    yield Case("heads of 128, bf16", lambda: rms_norm(_meta(33, 8, 128), _meta(128), 1e-5))
+    for shape, name in (((33, 4096), "E 4096, bf16"), ((33, 8, 128), "heads of 128, bf16")):
+        yield Case(name, partial(rms_norm, _meta(*shape), _meta(shape[-1]), 1e-5), shape[-1] == 4096)
     for width in (576, 4096, 16384):
-        yield Case(
-            f"E {width}, bf16",
-            lambda width=width: add_rms_norm(_meta(33, width), _meta(33, width), _meta(width), 1e-5),  # type: ignore[misc]
-        )
+        x = _meta(33, width)
+        yield Case(f"E {width}, bf16", partial(add_rms_norm, x, x, _meta(width), 1e-5), width == 4096)
     yield Case("F 14336, bf16", lambda: silu_mul(_meta(33, 28672)))
     yield Case("32/8 heads of 128, bf16", lambda: _rope(GEOMETRIES[0], None))
     norm = QKNorm(_meta(128), _meta(128), 1e-6)
@@ -87,6 +90,23 @@ def _elementwise() -> Iterator[Case]:
         "gather, 32 layers, 8 heads of 128, bf16", lambda: gather_blocks(_pool(GEOMETRIES[0]), _index(9))
     )
     yield Case("scatter, half of the heads", _scatter)
+    yield Case("V 128256", partial(sample, _meta(33, 128256, dtype=FP32), _draw_params(33)))
+    yield Case("V 128256", _adjust)
+
+
+def _draw_params(rows: int) -> DrawParams:
+    fp32, int64 = _meta(rows, dtype=FP32), _meta(rows, dtype=torch.int64)
+    return DrawParams(
+        temperature_N=fp32, top_k_N=_index(rows), top_p_N=fp32, min_p_N=fp32, seed_N=int64, position_N=int64
+    )
+
+
+def _adjust() -> None:
+    fp32 = _meta(99, dtype=FP32)
+    entries = Adjustments(
+        rows_X=_index(99), tokens_X=_index(99), bias_X=fp32, repetition_X=fp32, subtract_X=fp32
+    )
+    adjust_logits(_meta(33, 128256, dtype=FP32), entries)
 
 
 def _scatter() -> None:

@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not here, and report what the assembler says.
 
     python -m pdkernels.report            writes docs/kernels.md
-    python -m pdkernels.report --json     prints the rows instead
+    python -m pdkernels.report --json     prints the rows instead; with --quick those of the short list
 
 Exit status 1 when a kernel spills registers or asks for more shared memory than the GPU has. Needs Triton,
 no GPU, and no TRITON_INTERPRET.
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,12 @@ from pdkernels import (
     norm,
     prefill_attention,
     rope,
+    sampling,
     tuning,
 )
 from pdkernels._triton import Grid, Kernel, triton
 
-MODULES: Final = (norm, activation, rope, decode_attention, prefill_attention, blocks)
+MODULES: Final = (norm, activation, rope, decode_attention, prefill_attention, blocks, sampling)
 LAUNCH_OPTIONS: Final = ("num_warps", "num_stages")
 POINTERS: Final = {
     torch.float32: "*fp32",
@@ -197,10 +198,10 @@ def _assemble(ptx: str, target: Target) -> tuple[int, int]:
     return int(registers[1]), sum(spills)
 
 
-def compile_all() -> list[Row]:
+def compile_cases_of(cases: Iterable[compile_cases.Case]) -> list[Row]:
     return [
         compile_launch(launch, case.name, target)
-        for case in compile_cases.cases()
+        for case in cases
         for target in TARGETS
         for launch in launches(case.call, target)
     ]
@@ -236,9 +237,11 @@ def markdown(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the rows instead of writing the page")
+    parser.add_argument("--quick", action="store_true", help="only the short list of cases")
     parser.add_argument("--out", type=Path, default=Path("docs/kernels.md"))
     options = parser.parse_args()
-    rows = compile_all()
+    cases = [case for case in compile_cases.cases() if case.quick or not options.quick]
+    rows = compile_cases_of(cases)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
     else:

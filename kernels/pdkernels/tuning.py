@@ -57,7 +57,7 @@ DEFAULTS: Final[Mapping[int, DeviceConfig]] = {
         prefill=_PREFILL_FP32
         | {
             (2, 64): LaunchConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
-            (2, 128): LaunchConfig(block_m=128, block_n=32, num_warps=8, num_stages=3),
+            (2, 128): LaunchConfig(block_m=64, block_n=64, num_warps=8, num_stages=3),
             (2, 256): LaunchConfig(block_m=64, block_n=32, num_warps=8, num_stages=2),
         },
         decode=_DECODE,
