@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pdserve.core.errors import CorruptTransfer
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.messages import HANDOVER_VERSION, Handover, PushNote
+from pdserve.worker.events import OwnerId
 
 
 @dataclass(slots=True)
@@ -56,6 +57,8 @@ class Quarantine:
     """Blocks of an attempt that ended before its KV was whole: a push may still write them."""
 
     attempt: AttemptId
+    owner: OwnerId | None
+    """None: its coordinator is gone."""
     blocks: list[BlockId]
     prefill_worker: WorkerId
     peer_epoch: int

@@ -57,7 +57,7 @@ from pdserve.engine.block_pool import BlockPool, quarantined_by
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
 from pdserve.worker.compute import WorkResult
 from pdserve.worker.events import Action, CoordinatorLost, Event, FromCoordinator, OwnerId, Send
-from pdserve.worker.failures import attempt_failed
+from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
@@ -124,6 +124,9 @@ class DecodeScheduler:
             case CoordinatorLost(owner):
                 for run in [run for run in self._runs.values() if run.owner == owner]:
                     self._end(run)
+                for quarantine in self._quarantines.values():
+                    if quarantine.owner == owner:
+                        quarantine.owner = None
                 return []
             case NoteArrived():
                 return self._note(event, now)
@@ -146,13 +149,14 @@ class DecodeScheduler:
                 return self._start(owner, message, now)
             case Cancel():
                 run = self._runs.get(message.attempt)
-                if run is not None:
+                if run is not None and run.owner == owner:
                     self._end(run)
             case PushesSettled():
-                self._settled(message.attempt)
+                if self._may_settle(owner, message.attempt):
+                    self._settled(message.attempt)
             case RenewLease():
                 run = self._receiving.get(message.attempt)
-                if run is not None:
+                if run is not None and run.owner == owner:
                     run.lease_until = max(run.lease_until, now + message.lease_s)
             case ConnectPeer():
                 return self._peers.connect(message)
@@ -168,12 +172,22 @@ class DecodeScheduler:
                 pass  # what a coordinator has no business to send changes nothing
         return []
 
+    def _may_settle(self, owner: OwnerId, attempt: AttemptId) -> bool:
+        """A coordinator speaks for its own attempts, and for those whose coordinator is gone."""
+        run, quarantine = self._receiving.get(attempt), self._quarantines.get(attempt)
+        if run is not None:
+            return run.owner == owner
+        return quarantine is not None and quarantine.owner in (owner, None)
+
     # --- reservation --------------------------------------------------------------------------------
 
     def _start(self, owner: OwnerId, message: StartDecode, now: float) -> list[Action]:
         spec = message.spec
-        if spec.attempt in self._runs:
+        known = self._runs.get(spec.attempt)
+        if known is not None and known.owner == owner:
             return []  # said twice
+        if known is not None or spec.attempt in self._quarantines:
+            return [Send(owner, attempt_failed(spec.attempt, AttemptInUse(spec.attempt)))]
         refusal = self._refusal(message)
         if refusal is not None:
             reason, detail = refusal
@@ -266,8 +280,11 @@ class DecodeScheduler:
             self.notes.malformed += 1
             log.error("%s: a push of %s carried no note: %s", self._worker, event.peer, error)
             return []
+        if isinstance(note, PushesSettled):
+            return self._settled_by_peer(note.attempt, event.peer)
         if not isinstance(note, PushNote):
             self.notes.malformed += 1
+            log.error("%s: a push of %s carried a %s", self._worker, event.peer, type(note).__name__)
             return []
         run = self._receiving.get(note.attempt)
         if run is None:
@@ -280,6 +297,14 @@ class DecodeScheduler:
         if error_found is not None:
             return self._fail_run(run, error_found)
         return self._arrived(run) if run.arrivals.complete else []
+
+    def _settled_by_peer(self, attempt: AttemptId, peer: WorkerId) -> list[Action]:
+        """A prefill worker without a coordinator says that it has given up."""
+        run = self._receiving.get(attempt)
+        lost = PeerLost(peer, f"it gave up {attempt}, its coordinator is gone")
+        actions = [] if run is None else self._fail_run(run, lost)
+        self._settled(attempt)
+        return actions
 
     def _late_note(self, note: PushNote) -> None:
         """Its attempt ended here, or was never here. What it wrote was in quarantine."""
@@ -335,6 +360,7 @@ class DecodeScheduler:
         self._pool.release_all(run.blocks[: awaited.start] + run.blocks[awaited.stop :], run.computing)
         self._quarantines[run.attempt] = Quarantine(
             attempt=run.attempt,
+            owner=run.owner,
             blocks=blocks,
             prefill_worker=run.source.worker,
             peer_epoch=run.source.epoch,

@@ -39,6 +39,9 @@ class PrefillRun:
     computed: int = 0
     """Tokens whose KV is in the blocks."""
     handed_over: bool = False
+    """The hand-over is under way, and nothing has gone wrong since."""
+    handover_sent: bool = False
+    owner_lost: bool = False
     compute_s: float = 0.0
     compute_end: float = 0.0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

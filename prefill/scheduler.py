@@ -33,7 +33,7 @@ from pdserve.core.errors import (
     RequestCancelled,
     TransferError,
 )
-from pdserve.core.ids import AttemptId, WorkerId
+from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import GroupLayout, blocks_for
 from pdserve.core.messages import (
     HANDOVER_VERSION,
@@ -58,7 +58,7 @@ from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
 from pdserve.worker.compute import WorkResult
 from pdserve.worker.events import Action, CoordinatorLost, Event, FromCoordinator, OwnerId, Send, SubmitPush
-from pdserve.worker.failures import attempt_failed
+from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
@@ -144,8 +144,10 @@ class PrefillScheduler:
 
     def _start(self, owner: OwnerId, request: StartPrefill, now: float) -> list[Action]:
         attempt = request.spec.attempt
-        if attempt in self._runs:
-            return []  # said twice
+        known = self._runs.get(attempt)
+        if known is not None:
+            said_twice = known.owner == owner
+            return [] if said_twice else [Send(owner, attempt_failed(attempt, AttemptInUse(attempt)))]
         error = self._start_error(request)
         if error is not None:
             return _refuse(owner, attempt, error)
@@ -183,12 +185,18 @@ class PrefillScheduler:
         run = self._runs.get(message.attempt)
         if run is None:
             return [Send(owner, PushesSettled(attempt=message.attempt))]
+        if run.owner != owner:
+            return [Send(owner, attempt_failed(run.attempt, AttemptInUse(run.attempt)))]
         return self._abandon(run, RequestCancelled(message.reason), now)
 
     def _owner_lost(self, owner: OwnerId, now: float) -> list[Action]:
         lost = RequestCancelled("its coordinator is gone")
-        mine = [run for run in self._runs.values() if run.owner == owner]
-        return [action for run in mine for action in self._abandon(run, lost, now)]
+        actions: list[Action] = []
+        for run in [run for run in self._runs.values() if run.owner == owner]:
+            run.owner_lost = True
+            if not run.handed_over:
+                actions += self._abandon(run, lost, now)
+        return actions
 
     def _fail_peer(
         self, peer: WorkerId, error: PdServeError, now: float, *, up_to_epoch: int | None = None
@@ -211,7 +219,7 @@ class PrefillScheduler:
         if run.pushes.error is not None:
             error = TransferError(f"push to {run.request.decode_worker} failed: {run.pushes.error}")
             return self._fail_run(run, error, now)
-        return self._settle(run)
+        return self._settle(run, now)
 
     # --- ends ---------------------------------------------------------------------------------------
 
@@ -239,7 +247,7 @@ class PrefillScheduler:
         if run.pushes.error is None:
             run.pushes.error = str(error)
         self._stop_computing(run)
-        return self._settle(run)
+        return self._settle(run, now)
 
     def _stop_computing(self, run: PrefillRun) -> None:
         if run.stage is Stage.SETTLING:
@@ -248,12 +256,14 @@ class PrefillScheduler:
         self._queue.remove(run)
         self._pool.release_all(run.blocks, run.holder)
 
-    def _settle(self, run: PrefillRun) -> list[Action]:
+    def _settle(self, run: PrefillRun, now: float) -> list[Action]:
         """The last word on an attempt, once its last push is terminal."""
         if run.stage is not Stage.SETTLING or not run.pushes.settled:
             return []
         del self._runs[run.attempt]
         if not run.handed_over:
+            if run.owner_lost and not run.handover_sent:
+                return [self._settling_push(run, now)]
             return [Send(run.owner, PushesSettled(attempt=run.attempt))]
         book = run.pushes
         done = TransferDone(
@@ -389,7 +399,7 @@ class PrefillScheduler:
         actions: list[Action] = [Send(run.owner, done)]
         run.compute_end = now
         if finish is None:
-            run.handed_over = True
+            run.handed_over = run.handover_sent = True
             handover = Handover(
                 version=HANDOVER_VERSION,
                 attempt=run.attempt,
@@ -401,7 +411,7 @@ class PrefillScheduler:
             )
             actions.append(self._push(run, self._blocks_of(chunk), held_back, now, handover))
         self._stop_computing(run)
-        return [*actions, *self._settle(run)]
+        return [*actions, *self._settle(run, now)]
 
     def _remember(self, chunk: Chunk) -> None:
         """Keep the chunk's full blocks for prompts that begin alike."""
@@ -443,6 +453,24 @@ class PrefillScheduler:
         )
         run.pushes.submitted(push, self._push_bytes(blocks, layers), now)
         self._of_push[push.id] = run
+        return SubmitPush(push)
+
+    def _settling_push(self, run: PrefillRun, now: float) -> SubmitPush:
+        """Tell the decode worker that nothing of an attempt is to come, when no coordinator relays it.
+
+        Without a hand-over it can only have its blocks in quarantine or wait for more, so one of them takes
+        whatever bytes carry the note. (With one it may be running, or over: then nothing may be written.)
+        """
+        push = Push(
+            id=next(self._push_ids),
+            peer=run.request.decode_worker,
+            group=0,
+            src_blocks=(BlockId(0),),
+            dst_blocks=(run.request.dst_blocks[-1],),
+            layers=(0, 1),
+            note=encode(PushesSettled(attempt=run.attempt)),
+            deadline=now + run.request.transfer_deadline_s,
+        )
         return SubmitPush(push)
 
     # --- time and state -----------------------------------------------------------------------------

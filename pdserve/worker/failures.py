@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from pdserve.core.errors import ErrorCode, PdServeError
+from pdserve.core.errors import ErrorCode, InvalidRequest, PdServeError
 from pdserve.core.ids import AttemptId
 from pdserve.core.messages import AttemptFailed
+
+
+class AttemptInUse(InvalidRequest):
+    """Two coordinators minted the same id, or one used it again before its pushes were settled."""
+
+    def __init__(self, attempt: AttemptId) -> None:
+        super().__init__(field="attempt", value=str(attempt), limit="new to this worker")
 
 
 def attempt_failed(attempt: AttemptId, error: Exception) -> AttemptFailed:

@@ -140,6 +140,8 @@ class WorkerHost:
             talking.add(task)
             try:
                 await self._converse(channel)
+            except asyncio.CancelledError:
+                pass  # stopping; the streams module of Python 3.11 would report it as an error
             finally:
                 talking.discard(task)
                 # A task of its own, so that stopping cannot cut it short.

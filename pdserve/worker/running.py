@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import torch
+
 from kvtransfer.protocol import PoolRegion
 from kvtransfer.service import TransferService
 from pdserve.core.errors import ConfigError, InvariantViolated
@@ -38,7 +40,9 @@ class RunningWorker:
         loop: ComputeLoop,
         inbox: Inbox,
         transfer: TransferPort,
+        device: torch.device,
     ) -> None:
+        self._device = device
         self.info, self.address = info, address
         self._host, self._loop, self._inbox, self._transfer = host, loop, inbox, transfer
         self._failure: BaseException | None = None
@@ -66,6 +70,7 @@ class RunningWorker:
 
     def _compute(self) -> None:
         try:
+            _prepare_thread(self._device)
             self._loop.run()
         except BaseException as error:  # the process's outermost loop: `wait` raises it
             self._failure = error
@@ -108,7 +113,22 @@ def launch(
         loops.append(ComputeLoop(role=role, host=host, transfer=transfer, inbox=inbox))
         address = host.start(spec.listen)
         undo.pop_all()
-    return RunningWorker(info=info, address=address, host=host, loop=loops[0], inbox=inbox, transfer=transfer)
+    return RunningWorker(
+        info=info,
+        address=address,
+        host=host,
+        loop=loops[0],
+        inbox=inbox,
+        transfer=transfer,
+        device=engine.runner.pools[0].device,
+    )
+
+
+def _prepare_thread(device: torch.device) -> None:
+    """Which device is current, and how many threads its matrix products use, belongs to each thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def load_engine(spec: WorkerSpec) -> EnginePort:

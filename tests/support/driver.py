@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
@@ -37,6 +37,7 @@ from pdserve.core.sampling import SamplingParams
 from pdserve.worker.events import attempt_of
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=8)
+_NAMES = itertools.count()
 _M = TypeVar("_M", bound=Message)
 
 
@@ -64,9 +65,11 @@ class Driver:
         self._channels: dict[WorkerId, Channel] = {}
         self._readers: list[asyncio.Task[None]] = []
         self._inboxes: dict[AttemptId, asyncio.Queue[tuple[WorkerId, Message] | None]] = {}
+        self._name = f"driver-{next(_NAMES)}"
         self._ids = itertools.count()
         self.infos: dict[WorkerId, WorkerInfo] = {}
         self.heartbeats: dict[WorkerId, list[Heartbeat]] = {}
+        self._heard = asyncio.Condition()
         self.strays: list[Message] = []
         """Messages about attempts that nobody asks for any more."""
 
@@ -107,7 +110,7 @@ class Driver:
 
     def spec(self, tokens: Sequence[int], params: SamplingParams = GREEDY, **fields: object) -> RequestSpec:
         values: dict[str, object] = {
-            "attempt": AttemptId(RequestId(f"r{next(self._ids)}"), 0),
+            "attempt": AttemptId(RequestId(f"{self._name}-{next(self._ids)}"), 0),
             "tokens": list(tokens),
             "num_prompt_tokens": len(tokens),
             "sampling": params,
@@ -117,6 +120,11 @@ class Driver:
         }
         return RequestSpec(**{**values, **fields})  # type: ignore[arg-type]
 
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        """Wait for messages until `condition` holds."""
+        async with asyncio.timeout(timeout_s), self._heard:
+            await self._heard.wait_for(condition)
+
     def abort(self, spec: RequestSpec) -> None:
         """The client of a request that is being asked goes away."""
         inbox = self._inboxes.get(spec.attempt)
@@ -124,7 +132,13 @@ class Driver:
             inbox.put_nowait(None)
 
     async def ask(
-        self, spec: RequestSpec, *, colocated: bool = False, lease_s: float = 20.0, retry: bool = True
+        self,
+        spec: RequestSpec,
+        *,
+        colocated: bool = False,
+        lease_s: float = 20.0,
+        transfer_deadline_s: float = 10.0,
+        retry: bool = True,
     ) -> Answer:
         """Take one attempt through its life; returns when nothing of it is under way any more."""
         inbox: asyncio.Queue[tuple[WorkerId, Message] | None] = asyncio.Queue()
@@ -132,7 +146,7 @@ class Driver:
         try:
             prefill = None if colocated else self.the(Role.PREFILL)
             return await _Conversation(
-                self, spec, inbox, prefill, self.the(Role.DECODE), lease_s, retry
+                self, spec, inbox, prefill, self.the(Role.DECODE), lease_s, transfer_deadline_s, retry
             ).run()
         finally:
             del self._inboxes[spec.attempt]
@@ -171,6 +185,8 @@ class Driver:
                     self.strays.append(message)
                 else:
                     inbox.put_nowait((worker, message))
+            async with self._heard:
+                self._heard.notify_all()
 
 
 class _Conversation:
@@ -182,11 +198,12 @@ class _Conversation:
         prefill: WorkerId | None,
         decode: WorkerId,
         lease_s: float,
+        transfer_deadline_s: float,
         retry: bool,
     ) -> None:
         self._driver, self._spec, self._inbox = driver, spec, inbox
         self._prefill, self._decode = prefill, decode
-        self._lease_s, self._retry = lease_s, retry
+        self._lease_s, self._transfer_deadline_s, self._retry = lease_s, transfer_deadline_s, retry
         self._answer = Answer(spec)
         self._open = False
         """StartPrefill was sent, and its last word has not come."""
@@ -251,7 +268,7 @@ class _Conversation:
             decode_epoch=self._driver.infos[self._decode].epoch,
             dst_blocks=reserved.blocks,
             dst_cached_tokens=reserved.cached_tokens,
-            transfer_deadline_s=10.0,
+            transfer_deadline_s=self._transfer_deadline_s,
         )
 
     def _append(self, first_index: int, tokens: list[int]) -> None:
