@@ -12,12 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pdserve.models.ops import SliceMeta
+
+TILE_QUERIES: Final = 64
+"""Queries of a prefill chunk that are attended together: few enough to skip most keys behind them."""
+TILE_SCORES: Final = 2**19
+"""Scores (float32) of one product; more would leave the cache."""
+GROUP_COST_BYTES: Final = 300_000
+"""What a further batch of decode rows costs, as KV bytes read in that time."""
+BFLOAT16_CONTEXT: Final = 1024
+"""From this many context tokens in a batch, values are multiplied as bfloat16; below, set-up costs more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +35,7 @@ class PoolGeometry:
     num_kv_heads: int
     block_tokens: int
     head_dim: int
+    itemsize: int
 
     @property
     def heads_per_layer(self) -> int:
@@ -34,20 +44,40 @@ class PoolGeometry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContextGroup:
-    """Slices that are attended together: all decode rows of similar context, or one prefill chunk."""
+class DecodeGroup:
+    """Sequences with one new token each, attended in one batch; contexts are padded to whole blocks."""
 
     rows: slice | Tensor
     """Which of the T rows: a run, or int64 indices."""
     num_sequences: int
-    num_new: int
-    """New tokens per sequence, alike in a group."""
-    gather_L: tuple[Tensor, ...]
-    """Per layer, int64 [2 * sequences * K * M]: head rows of the pool, K of all then V of all."""
-    mask: Tensor | None
-    """Additive float32 [sequences, 1, new or 1, P]; None: every gathered token up to P is seen causally."""
-    num_context: int
-    """Context tokens when there is no mask: P is cut to it."""
+    keys_L: tuple[Tensor, ...]
+    """Per layer, int64 [R * K * M]: head rows of the pool."""
+    values_L: tuple[Tensor, ...]
+    mask_R1P: Tensor
+    """Additive float32 [R * K, 1, P]: minus infinity for padding and what is out of the window."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Queries [begin, end) of a chunk see keys [low, high) of the gathered context."""
+
+    begin: int
+    end: int
+    low: int
+    high: int
+    mask_from: int
+    mask: Tensor
+    """Additive float32 [end - begin, high - mask_from], for keys from `mask_from` on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillGroup:
+    """One chunk of one sequence."""
+
+    rows: slice
+    keys_L: tuple[Tensor, ...]
+    values_L: tuple[Tensor, ...]
+    tiles: tuple[Tile, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +86,8 @@ class CpuPlan:
     sin_T1D: Tensor
     write_L: tuple[Tensor, ...]
     """Per layer, int64 [T * 2K]: token rows of the pool, in the order of k then v of each token."""
-    groups: tuple[ContextGroup, ...]
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillGroup, ...]
 
 
 def context_bounds(meta: SliceMeta, block_tokens: int, window: int | None) -> tuple[int, int]:
@@ -81,12 +112,13 @@ def write_rows(slices: Sequence[SliceMeta], geometry: PoolGeometry) -> tuple[Ten
     return _per_layer(base, g.num_layers, g.heads_per_layer * g.block_tokens)
 
 
-def gather_rows(tables_RM: Tensor, geometry: PoolGeometry) -> tuple[Tensor, ...]:
-    """Head rows of the pool, per layer: [2, R, K, M] flattened."""
+def gather_rows(tables_RM: Tensor, geometry: PoolGeometry) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Head rows of the pool for keys and for values, each per layer: [R, K, M] flattened."""
     g = geometry
-    block = tables_RM * (g.num_layers * g.heads_per_layer)
-    head = torch.arange(g.heads_per_layer).view(2, 1, g.num_kv_heads, 1)
-    return _per_layer((block[None, :, None, :] + head).flatten(), g.num_layers, g.heads_per_layer)
+    head = torch.arange(g.num_kv_heads)[:, None]
+    base = (tables_RM[:, None, :] * (g.num_layers * g.heads_per_layer) + head).flatten()
+    keys = _per_layer(base, g.num_layers, g.heads_per_layer)
+    return keys, _per_layer(base + g.num_kv_heads, g.num_layers, g.heads_per_layer)
 
 
 def _per_layer(base: Tensor, num_layers: int, stride: int) -> tuple[Tensor, ...]:
@@ -95,18 +127,27 @@ def _per_layer(base: Tensor, num_layers: int, stride: int) -> tuple[Tensor, ...]
 
 def decode_groups(
     slices: Sequence[SliceMeta], geometry: PoolGeometry, window: int | None
-) -> list[ContextGroup]:
-    """Decode rows, in groups whose contexts have about the same number of blocks (within a factor of two)."""
-    by_size: dict[int, list[tuple[SliceMeta, int, int]]] = {}
-    for meta in slices:
-        first, last = context_bounds(meta, geometry.block_tokens, window)
-        by_size.setdefault((last - first - 1).bit_length(), []).append((meta, first, last))
-    return [_decode_group(members, geometry, window) for members in by_size.values()]
+) -> tuple[DecodeGroup, ...]:
+    """Batches of decode rows, longest contexts first, each cut where padding would cost more than a batch."""
+    members = [(meta, *context_bounds(meta, geometry.block_tokens, window)) for meta in slices]
+    members.sort(key=lambda m: m[1] - m[2])
+    head_bytes = 2 * geometry.num_kv_heads * geometry.block_tokens * geometry.head_dim * geometry.itemsize
+    budget = GROUP_COST_BYTES // head_bytes
+    groups: list[list[tuple[SliceMeta, int, int]]] = []
+    padding = 0
+    for member in members:
+        blocks = member[2] - member[1]
+        padding += 0 if not groups else groups[-1][0][2] - groups[-1][0][1] - blocks
+        if not groups or padding > budget:
+            groups.append([])
+            padding = 0
+        groups[-1].append(member)
+    return tuple(_decode_group(group, geometry, window) for group in groups)
 
 
 def _decode_group(
     members: list[tuple[SliceMeta, int, int]], geometry: PoolGeometry, window: int | None
-) -> ContextGroup:
+) -> DecodeGroup:
     blocks = max(last - first for _, first, last in members)
     # Padding repeats a block of the same sequence; the mask hides it.
     tables = [
@@ -115,56 +156,89 @@ def _decode_group(
     begin = torch.tensor([first * geometry.block_tokens for _, first, _ in members])
     query = torch.tensor([meta.start for meta, _, _ in members])
     position = begin[:, None] + torch.arange(blocks * geometry.block_tokens)
-    hidden = position > query[:, None]
-    if window is not None:
-        hidden |= position <= (query - window)[:, None]
+    mask = _hide(position, query[:, None], window)
     rows = [meta.offset for meta, _, _ in members]
     run = rows == list(range(rows[0], rows[0] + len(rows)))
-    return ContextGroup(
+    keys, values = gather_rows(torch.tensor(tables, dtype=torch.int64), geometry)
+    return DecodeGroup(
         rows=slice(rows[0], rows[0] + len(rows)) if run else torch.tensor(rows),
         num_sequences=len(members),
-        num_new=1,
-        gather_L=gather_rows(torch.tensor(tables, dtype=torch.int64), geometry),
-        mask=torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None, :],
-        num_context=blocks * geometry.block_tokens,
+        keys_L=keys,
+        values_L=values,
+        mask_R1P=mask.repeat_interleave(geometry.num_kv_heads, dim=0).unsqueeze(1),
     )
 
 
-def prefill_group(meta: SliceMeta, geometry: PoolGeometry, window: int | None) -> ContextGroup:
-    """One chunk of a prompt."""
+def prefill_group(meta: SliceMeta, geometry: PoolGeometry, window: int | None) -> PrefillGroup:
+    """One chunk of a prompt, in tiles of queries that see only the keys before their end."""
     first, last = context_bounds(meta, geometry.block_tokens, window)
-    end = meta.start + meta.length
-    context = end - first * geometry.block_tokens
-    query = torch.arange(meta.start, end)[:, None]
-    position = torch.arange(first * geometry.block_tokens, end)
-    mask = None
-    if meta.start > 0 or (window is not None and end > window):
-        hidden = position > query
-        if window is not None:
-            hidden |= position <= query - window
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[None, None]
-    return ContextGroup(
-        rows=slice(meta.offset, meta.offset + meta.length),
-        num_sequences=1,
-        num_new=meta.length,
-        gather_L=gather_rows(torch.tensor([meta.blocks[first:last]], dtype=torch.int64), geometry),
-        mask=mask,
-        num_context=context,
+    keys, values = gather_rows(torch.tensor([meta.blocks[first:last]], dtype=torch.int64), geometry)
+    origin = first * geometry.block_tokens
+    tiles = [
+        _tile(meta, begin, min(begin + TILE_QUERIES, meta.length), origin, window)
+        for begin in range(0, meta.length, TILE_QUERIES)
+    ]
+    return PrefillGroup(
+        rows=slice(meta.offset, meta.offset + meta.length), keys_L=keys, values_L=values, tiles=tuple(tiles)
     )
 
 
-def attend(q_THD: Tensor, pool_rows: Tensor, group: ContextGroup, layer: int, num_kv_heads: int) -> Tensor:
-    """Attention of one group; returns [sequences * new, H, D] in row order of the group."""
-    head_dim = q_THD.shape[-1]
-    kv = pool_rows.index_select(0, group.gather_L[layer]).float()
-    kv_2RKPD = kv.view(2, group.num_sequences, num_kv_heads, -1, head_dim)[..., : group.num_context, :]
-    q = q_THD[group.rows]
-    if group.num_new == 1:
-        q_RKGD = q.view(group.num_sequences, num_kv_heads, -1, head_dim)
-        out = F.scaled_dot_product_attention(q_RKGD, kv_2RKPD[0], kv_2RKPD[1], attn_mask=group.mask)
-        return out.reshape(group.num_sequences, -1, head_dim)
-    # One sequence: its kv heads stand where a batch stands, the G query heads of each share them unrepeated.
-    q_KGTD = q.view(group.num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    k, v = (kv_2RKPD[i, 0].unsqueeze(1).expand(-1, q_KGTD.shape[1], -1, -1) for i in (0, 1))
-    out = F.scaled_dot_product_attention(q_KGTD, k, v, attn_mask=group.mask, is_causal=group.mask is None)
-    return out.permute(2, 0, 1, 3).reshape(group.num_new, -1, head_dim)
+def _tile(meta: SliceMeta, begin: int, end: int, origin: int, window: int | None) -> Tile:
+    low = 0 if window is None else max(0, meta.start + begin - window + 1 - origin)
+    high = meta.start + end - origin
+    # Without a window only the tile's own keys are ever hidden from it.
+    mask_from = low if window is not None else high - (end - begin)
+    position = torch.arange(origin + mask_from, origin + high)
+    query = torch.arange(meta.start + begin, meta.start + end)[:, None]
+    mask = _hide(position, query, window)
+    return Tile(begin=begin, end=end, low=low, high=high, mask_from=mask_from, mask=mask)
+
+
+def _hide(position: Tensor, query: Tensor, window: int | None) -> Tensor:
+    """Minus infinity where the query must not look, else zero."""
+    hidden = position > query
+    if window is not None:
+        hidden |= position <= query - window
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+
+
+def attend_decode(
+    q_RHD: Tensor, head_rows: Tensor, group: DecodeGroup, layer: int, num_kv_heads: int
+) -> Tensor:
+    """One token per sequence; returns float32 [R, H, D]. Scores are float32 whatever the pool's dtype."""
+    sequences, heads, head_dim = q_RHD.shape
+    batch = sequences * num_kv_heads
+    q = q_RHD.reshape(batch, heads // num_kv_heads, head_dim)
+    k = head_rows.index_select(0, group.keys_L[layer]).view(batch, -1, head_dim).float()
+    v = head_rows.index_select(0, group.values_L[layer]).view(batch, -1, head_dim)
+    mask = group.mask_R1P.expand(-1, q.shape[1], -1)
+    weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=head_dim**-0.5).softmax(dim=-1)
+    if v.dtype != torch.bfloat16 or sequences * v.shape[1] < BFLOAT16_CONTEXT:
+        return torch.bmm(weights, v.float()).view(sequences, heads, head_dim)
+    return torch.bmm(weights.bfloat16(), v).float().view(sequences, heads, head_dim)
+
+
+def attend_prefill(
+    q_THD: Tensor, head_rows: Tensor, group: PrefillGroup, layer: int, num_kv_heads: int, out_THD: Tensor
+) -> None:
+    """One chunk; writes float32 out_THD. Scores are float32, their softmax is bfloat16 where the pool is."""
+    length, heads, head_dim = q_THD.shape
+    per_kv = heads // num_kv_heads
+    k_KPD = head_rows.index_select(0, group.keys_L[layer]).view(num_kv_heads, -1, head_dim).float()
+    v_KPD = head_rows.index_select(0, group.values_L[layer]).view(num_kv_heads, -1, head_dim)
+    if v_KPD.dtype == torch.float16:
+        v_KPD = v_KPD.float()
+    k_KDP = k_KPD.transpose(1, 2)
+    q_KGTD = q_THD.view(length, num_kv_heads, per_kv, head_dim).permute(1, 2, 0, 3)
+    out_KGTD = out_THD.view(length, num_kv_heads, per_kv, head_dim).permute(1, 2, 0, 3)
+    for tile in group.tiles:
+        size = tile.end - tile.begin
+        at_once = max(1, TILE_SCORES // (per_kv * size * (tile.high - tile.low)))
+        for head in range(0, num_kv_heads, at_once):
+            some = slice(head, head + at_once)
+            q = q_KGTD[some, :, tile.begin : tile.end].reshape(-1, per_kv * size, head_dim) * head_dim**-0.5
+            scores = torch.bmm(q, k_KDP[some, :, tile.low : tile.high])
+            scores.view(-1, per_kv, size, tile.high - tile.low)[..., tile.mask_from - tile.low :] += tile.mask
+            weights = scores.softmax(dim=-1).to(v_KPD.dtype)
+            mixed = torch.bmm(weights, v_KPD[some, tile.low : tile.high])
+            out_KGTD[some, :, tile.begin : tile.end] = mixed.view(-1, per_kv, size, head_dim)

@@ -13,7 +13,8 @@ from pdserve.models.config import ModelConfig
 from pdserve.models.cpu_attention import (
     CpuPlan,
     PoolGeometry,
-    attend,
+    attend_decode,
+    attend_prefill,
     decode_groups,
     prefill_group,
     write_rows,
@@ -38,12 +39,16 @@ class CpuOps:
         return make_linear(weight_OI, bias_O)
 
     def vector(self, weight: Tensor) -> Tensor:
-        return weight.float()
+        return weight.float() * weight.shape[-1] ** 0.5
 
     def bind_pool(self, pool_NL2KBD: Tensor) -> None:
         _, layers, _, heads, block_tokens, head_dim = pool_NL2KBD.shape
         self._geometry = PoolGeometry(
-            num_layers=layers, num_kv_heads=heads, block_tokens=block_tokens, head_dim=head_dim
+            num_layers=layers,
+            num_kv_heads=heads,
+            block_tokens=block_tokens,
+            head_dim=head_dim,
+            itemsize=pool_NL2KBD.element_size(),
         )
         self._token_rows = pool_NL2KBD.view(-1, head_dim)
         self._head_rows = pool_NL2KBD.view(-1, block_tokens * head_dim)
@@ -51,17 +56,20 @@ class CpuOps:
     def plan(self, slices: Sequence[SliceMeta]) -> CpuPlan:
         window = self._config.sliding_window
         positions = torch.cat([torch.arange(m.start, m.start + m.length) for m in slices])
-        groups = decode_groups([m for m in slices if m.length == 1], self._geometry, window)
-        groups += [prefill_group(m, self._geometry, window) for m in slices if m.length > 1]
         return CpuPlan(
             cos_T1D=self._cos_PD[positions].unsqueeze(1),
             sin_T1D=self._sin_PD[positions].unsqueeze(1),
             write_L=write_rows(slices, self._geometry),
-            groups=tuple(groups),
+            decode=decode_groups([m for m in slices if m.length == 1], self._geometry, window),
+            prefill=tuple(prefill_group(m, self._geometry, window) for m in slices if m.length > 1),
         )
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
+        # x * w / sqrt(|x|^2 / E + eps), in fewer passes than torch's own; `vector` has put sqrt(E) into w.
+        length_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True)
+        floor = torch.full((), (eps * weight_E.shape[-1]) ** 0.5)
+        normed: Tensor = (x_TE * weight_E).div_(torch.hypot(length_T1, floor))
+        return normed
 
     def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         return self.rms_norm(residual_TE.add_(x_TE), weight_E, eps)
@@ -73,8 +81,7 @@ class CpuOps:
             q_THD, k_TKD = qk_TSD[:, :queries], qk_TSD[:, queries:]
             q_THD.copy_(self.rms_norm(q_THD, qk_norm.q_D, qk_norm.eps))
             k_TKD.copy_(self.rms_norm(k_TKD, qk_norm.k_D, qk_norm.eps))
-        half = qk_TSD.shape[-1] // 2
-        swapped = torch.cat((qk_TSD[..., half:], qk_TSD[..., :half]), dim=-1)
+        swapped = qk_TSD.roll(qk_TSD.shape[-1] // 2, dims=-1)
         qk_TSD.mul_(plan.cos_T1D).addcmul_(swapped, plan.sin_T1D)
         kv = qkv_TSD[:, queries:].to(self._token_rows.dtype).reshape(-1, qkv_TSD.shape[-1])
         self._token_rows.index_copy_(0, plan.write_L[layer], kv)
@@ -82,11 +89,14 @@ class CpuOps:
 
     def attention(self, q_THD: Tensor, layer: int, plan: CpuPlan) -> Tensor:
         heads = self._config.num_kv_heads
-        if len(plan.groups) == 1:
-            return attend(q_THD, self._head_rows, plan.groups[0], layer, heads)
-        out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        for group in plan.groups:
-            out[group.rows] = attend(q_THD, self._head_rows, group, layer, heads)
+        if len(plan.decode) == 1 and not plan.prefill and isinstance(plan.decode[0].rows, slice):
+            return attend_decode(q_THD, self._head_rows, plan.decode[0], layer, heads)
+        out = torch.empty(q_THD.shape)
+        for group in plan.decode:
+            out[group.rows] = attend_decode(q_THD[group.rows], self._head_rows, group, layer, heads)
+        for chunk in plan.prefill:
+            rows = chunk.rows
+            attend_prefill(q_THD[rows], self._head_rows, chunk, layer, heads, out[rows])
         return out
 
     def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
