@@ -62,8 +62,8 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop = asyncio.get_running_loop()
-        self._last_tick = self._loop.time()
-        self._timer = self._loop.call_later(TICK_S, self._tick)
+        self._tick_s = min(TICK_S, heartbeat_timeout_s / 4)
+        self._timer = self._loop.call_later(self._tick_s, self._tick)
 
     def now(self) -> float:
         return self._loop.time()
@@ -182,26 +182,28 @@ class Dispatcher:
 
     def _tick(self) -> None:
         now = self._loop.time()
-        self._drop_silent(now)
+        self._drop_silent(now, late_s=now - self._timer.when())
         self.handle(Tick())
         self._metrics.observe_fleet(self.registry.fleet)
         self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)
-        self._last_tick = now
-        self._arm()
+        self._timer = self._loop.call_at(self._next_tick(), self._tick)
 
     def _arm(self) -> None:
-        wanted = self.registry.next_tick(self._loop.time())
-        if self._timer.cancelled() or self._timer.when() > wanted or self._timer.when() <= self._last_tick:
+        """Tick earlier, where a new request wants it."""
+        wanted = self._next_tick()
+        if wanted < self._timer.when():
             self._timer.cancel()
             self._timer = self._loop.call_at(wanted, self._tick)
 
-    def _drop_silent(self, now: float) -> None:
-        if now - self._last_tick > self._heartbeat_timeout_s / 2:
-            # This loop was held up, not the workers: hear first what they sent meanwhile.
-            for link in self._links.values():
-                link.last_heard = now
-            return
+    def _next_tick(self) -> float:
+        now = self._loop.time()
+        return min(self.registry.next_tick(now), now + self._tick_s)
+
+    def _drop_silent(self, now: float, *, late_s: float) -> None:
         for link in list(self._links.values()):
+            if late_s > self._heartbeat_timeout_s / 2:
+                # This loop was held up, not the workers: hear first what they sent meanwhile.
+                link.last_heard = now
             silent_s = now - link.last_heard
             if silent_s > self._heartbeat_timeout_s:
                 self._disconnected(link, f"no sign of life for {silent_s:.1f} s")

@@ -1,0 +1,148 @@
+"""Whatever happens in whatever order: no request is lost, none gets wrong tokens, no block stays behind."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pdserve.core.ids import WorkerId
+from pdserve.core.messages import Role
+from pdserve.core.sampling import SamplingParams
+from tests.support.model_workers import ModelPrefill
+from tests.support.registry_world import World, new_request
+
+ROLES = {
+    "prefill-0": Role.PREFILL,
+    "prefill-1": Role.PREFILL,
+    "decode-0": Role.DECODE,
+    "decode-1": Role.DECODE,
+}
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.epochs = dict.fromkeys(ROLES, 0)
+        self.count = 0
+        for name in ("prefill-0", "decode-0"):
+            self._join(name)
+
+    def _join(self, name: str) -> None:
+        self.epochs[name] += 1
+        self.world.join(name, ROLES[name], epoch=self.epochs[name], num_blocks=8, max_num_seqs=3)
+
+    @rule(
+        n=st.integers(1, 3),
+        prompt=st.lists(st.integers(1, 200), min_size=1, max_size=40),
+        max_tokens=st.integers(1, 5),
+        patience=st.sampled_from([1.0, 20.0, 1e6]),
+        priority=st.integers(-1, 1),
+        logprobs=st.sampled_from([None, 0, 2]),
+    )
+    def submit(
+        self, n: int, prompt: list[int], max_tokens: int, patience: float, priority: int, logprobs: int | None
+    ) -> None:
+        self.count += 1
+        sampling = SamplingParams(max_tokens=max_tokens, seed=1, logprobs=logprobs, prompt_logprobs=logprobs)
+        self.world.submit(
+            *(
+                new_request(
+                    f"r{self.count}.{index}",
+                    prompt=prompt,
+                    sampling=sampling,
+                    deadline=self.world.now + patience,
+                    priority=priority,
+                    arrived=self.world.now,
+                )
+                for index in range(n)
+            )
+        )
+
+    @precondition(lambda self: any(self.world.down.values()))
+    @rule(data=st.data())
+    def a_worker_hears(self, data: st.DataObject) -> None:
+        self.world.deliver_down(data.draw(st.sampled_from([w for w, q in self.world.down.items() if q])))
+
+    @precondition(lambda self: any(self.world.up.values()))
+    @rule(data=st.data())
+    def the_coordinator_hears(self, data: st.DataObject) -> None:
+        self.world.deliver_up(data.draw(st.sampled_from([w for w, q in self.world.up.items() if q])))
+
+    @precondition(lambda self: self.world.workers)
+    @rule(data=st.data())
+    def a_worker_computes(self, data: st.DataObject) -> None:
+        self.world.step(data.draw(st.sampled_from(sorted(self.world.workers))))
+
+    @precondition(lambda self: self.world.pushes)
+    @rule(data=st.data())
+    def a_push_lands(self, data: st.DataObject) -> None:
+        self.world.land(data.draw(st.integers(0, len(self.world.pushes) - 1)))
+
+    @rule()
+    def everything_moves(self) -> None:
+        self.world.run()
+
+    @precondition(lambda self: self.world.registry.num_active)
+    @rule(data=st.data(), stop=st.booleans())
+    def a_request_is_cut_short(self, data: st.DataObject, stop: bool) -> None:
+        active = [r for r in self.world.requests if self.world.registry.is_active(r)]
+        request = data.draw(st.sampled_from(active))
+        if stop and self.world.output[request]:
+            self.world.stop_matched(request)
+        else:
+            self.world.cancel(request)
+
+    @rule(seconds=st.sampled_from([0.1, 0.6, 2.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @precondition(lambda self: self.world.linked)
+    @rule(data=st.data())
+    def a_worker_falls_silent(self, data: st.DataObject) -> None:
+        self.world.lose(data.draw(st.sampled_from(sorted(self.world.linked))))
+
+    @precondition(lambda self: self.world.workers)
+    @rule(data=st.data())
+    def a_process_ends(self, data: st.DataObject) -> None:
+        self.world.end_process(data.draw(st.sampled_from(sorted(self.world.workers))))
+
+    @rule(name=st.sampled_from(sorted(ROLES)))
+    def a_worker_joins(self, name: str) -> None:
+        self._join(name)
+
+    @precondition(lambda self: any(w.startswith("decode") for w in self.world.linked))
+    @rule(data=st.data())
+    def a_worker_refuses(self, data: st.DataObject) -> None:
+        names = [w for w in sorted(self.world.linked) if w.startswith("decode")]
+        worker = self.world.workers[data.draw(st.sampled_from(names))]
+        assert not isinstance(worker, ModelPrefill)
+        worker.refuse_next += 1
+
+    @invariant()
+    def the_same_request_is_never_in_two_places(self) -> None:
+        assert self.world.registry.num_active == len(self.world.requests) - len(self.world.ends)
+        assert self.world.registry.num_waiting <= self.world.registry.num_active
+
+    def teardown(self) -> None:
+        """Every process that was given up ends, workers come back: then everything comes to rest."""
+        for name in sorted(self.world.workers):
+            if name not in self.world.linked:
+                self.world.end_process(name)
+        if WorkerId("decode-0") not in self.world.linked:
+            self._join("decode-0")
+        for _ in range(60):
+            self.world.run()
+            self.world.tick(1.0)
+            for worker in sorted(self.world.linked):
+                self.world.beat(worker)
+            if not self.world.registry.num_active:
+                break
+        self.world.run()
+        self.world.assert_at_rest()
+        assert self.world.registry.num_unsettled == 0
+
+
+TestRegistryMachine = RegistryMachine.TestCase
+TestRegistryMachine.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
