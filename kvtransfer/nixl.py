@@ -111,9 +111,8 @@ class NixlBackend:
         return self._agent.wake_fds
 
     def max_wait_s(self, now: float) -> float | None:
-        if any(peer.phase is Phase.PROBING or peer.flights for peer in self._all_peers()):
-            return BLIND_WAIT_S
-        return BLIND_WAIT_S if self._blind else IDLE_WAIT_S
+        probing = any(peer.phase is Phase.PROBING for peer in self._peers.values())
+        return BLIND_WAIT_S if probing or self._blind else IDLE_WAIT_S
 
     def path(self, peer: WorkerId) -> PathInfo:
         known = self._peers.get(peer)

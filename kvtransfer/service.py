@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 
 SPIN_POLLS: Final = 50
 BUSY_WAIT_S: Final = 0.001
+STUCK_POLLS: Final = 1000
+STUCK_WAIT_S: Final = 0.02
+"""After that many polls without news: what is under way waits for a peer that may have been stopped."""
 SPURIOUS_WAKES: Final = 20_000
 SPURIOUS_S: Final = 10.0
 
@@ -228,8 +231,8 @@ class TransferService:
         """How long to sleep: not at all, until something wakes us, or at most so many seconds."""
         wait = self._backend.max_wait_s(now)
         if self._num_started:
-            spinning = quiet_polls < SPIN_POLLS
-            wait = 0.0 if spinning else BUSY_WAIT_S if wait is None else min(wait, BUSY_WAIT_S)
+            patience = _patience(quiet_polls)
+            wait = patience if wait is None else min(wait, patience)
         if self._next_deadline < float("inf"):
             left = max(0.0, self._next_deadline - now)
             wait = left if wait is None else min(wait, left)
@@ -327,6 +330,13 @@ class TransferService:
         with self._lock:
             self._ids.discard(event.id)
         self._on_event(event)
+
+
+def _patience(quiet_polls: int) -> float:
+    """How long to sleep between polls while a push is under way."""
+    if quiet_polls < SPIN_POLLS:
+        return 0.0
+    return BUSY_WAIT_S if quiet_polls < STUCK_POLLS else STUCK_WAIT_S
 
 
 class _Waiter:

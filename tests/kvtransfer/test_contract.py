@@ -100,6 +100,24 @@ def test_both_sides_push_to_each_other(pair: Pair) -> None:
     assert (sender.pools.shaped(0)[9] == POISON).all()
 
 
+def test_four_workers_that_meet_all_at_once_push_all_at_once(make_node: NodeMaker, transport: dict) -> None:
+    nodes = [make_node(f"w{i}", seed=i, **transport) for i in range(4)]
+    before = [node.pools.shaped(0).copy() for node in nodes]
+    pairs = [(a, b) for a in nodes for b in nodes if a is not b]
+    for a, b in pairs:
+        a.service.connect(b.name, b.epoch, b.fingerprint, b.backend.metadata)
+    sent = []
+    for a, b in pairs:  # block i of every pool is written by worker i alone, from a block nobody writes
+        i = nodes.index(a)
+        sent.append((a, a.push(b.name, [10 + i], [i])))
+    for a, push_id in sent:
+        assert a.events.terminal(push_id).outcome is Outcome.COMPLETED
+    for a, b in pairs:
+        b.events.await_notes(3)
+        i = nodes.index(a)
+        np.testing.assert_array_equal(b.pools.shaped(0)[i], before[i][10 + i])
+
+
 def test_a_push_to_an_unknown_peer_fails(make_node: NodeMaker, transport: dict) -> None:
     node = make_node("p", seed=1, **transport)
     end = node.events.terminal(node.push("nobody", [0], [0]))

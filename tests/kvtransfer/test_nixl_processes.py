@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path as File
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 
 from kvtransfer.protocol import Outcome, Path, PeerConnected
-from tests.support.transfer import POISON
+from tests.support.paths import REPO
+from tests.support.transfer import POISON, WAIT_S
 from tests.support.transfer_process import BIG, NUM_BLOCKS, NodeProcess
 
 TRANSPORTS = {"shm": {}, "tcp": {"TLS": "tcp", "NET_DEVICES": "lo"}}
@@ -176,3 +180,28 @@ def test_a_sender_stops_well_while_a_push_to_a_stopped_receiver_is_under_way(pai
     assert sender.stop() == 0
     assert sender.events.terminal(push_id).outcome is Outcome.FAILED
     assert sender.events.await_stopped().error == ""
+
+
+def test_a_sender_that_ends_right_after_a_failed_push_does_not_abort(tmp_path: File) -> None:
+    receiver = NodeProcess("d", tmp_path / "d", seed=None, ucx={})
+    try:
+        receiver.await_ready()
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "tests.support.transfer_abrupt",
+                receiver.metadata.hex(),
+                str(receiver.pid),
+            ],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "FAILED" in done.stdout
+        assert receiver.process.wait(WAIT_S) == -signal.SIGKILL
+    finally:
+        receiver.clean_up()
