@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class Row:
     shared_limit_bytes: int
     matrix_unit: str
     """Which instructions do the products: wgmma, mma, or none (fp32 fused multiply-adds)."""
+    read_bytes: int
+    """Of global memory, by one thread at once: of most asynchronous copies, else of the widest load."""
 
     @property
     def fault(self) -> str | None:
@@ -157,6 +160,7 @@ def compile_launch(launch: Launch, case: str, target: Target) -> Row:
         spill_bytes=spills,
         shared_bytes=compiled.metadata.shared,
         shared_limit_bytes=target.shared_limit_bytes,
+        read_bytes=_read_bytes(ptx),
         matrix_unit="wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "none",
     )
 
@@ -198,6 +202,15 @@ def _assemble(ptx: str, target: Target) -> tuple[int, int]:
     return int(registers[1]), sum(spills)
 
 
+def _read_bytes(ptx: str) -> int:
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \S.*?\], \[.*?\], 0x([0-9a-f]+)", ptx)
+    if copies:
+        size, _ = Counter(copies).most_common(1)[0]
+        return int(size, 16)
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in loads), default=0)
+
+
 def compile_cases_of(cases: Iterable[compile_cases.Case]) -> list[Row]:
     return [
         compile_launch(launch, case.name, target)
@@ -217,10 +230,11 @@ by the tests in `tests/kernels` under Triton's interpreter, in float32 and float
 that only hardware shows (races, alignment, speed), is left to the same tests on a GPU: `pytest -m gpu
 tests/kernels`. The launch configurations in `pdkernels/tuning.py` are starting points, not measured.
 
-Shared memory limits: {limits}.
+Shared memory limits: {limits}. "read B" is how much a thread reads of global memory at once (of most
+asynchronous copies, or else of the widest load); 16 is the most there is.
 
-| kernel | case | GPU | warps | stages | registers | spills B | shared B | matrix unit |
-|---|---|---|---|---|---|---|---|---|
+| kernel | case | GPU | warps | stages | registers | spills B | shared B | read B | matrix unit |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -228,7 +242,7 @@ def markdown(rows: list[Row]) -> str:
     limits = ", ".join(f"sm_{t.capability} ({t.gpus}) {t.shared_limit_bytes} B" for t in TARGETS)
     lines = [
         f"| {r.kernel} | {r.case} | {r.target} | {r.num_warps} | {r.num_stages} | {r.registers} "
-        f"| {r.spill_bytes} | {r.shared_bytes} | {r.matrix_unit} |\n"
+        f"| {r.spill_bytes} | {r.shared_bytes} | {r.read_bytes} | {r.matrix_unit} |\n"
         for r in rows
     ]
     return HEADER.format(triton=triton.__version__, limits=limits) + "".join(lines)

@@ -150,6 +150,8 @@ def _validate(
     require_shape(op, "k", k_TKD, (t, kv_heads, d))
     require_shape(op, "v", v_TKD, (t, kv_heads, d))
     require(d % 2 == 0, op, "head_dim", wanted="even", found=d)
+    num_slots = pool.shape[0] * pool.shape[4]
+    require(num_slots < 2**31, op, "pool", wanted="of under 2^31 token slots", found=num_slots)
     for name, tensor in (("k", k_TKD), ("v", v_TKD), ("pool", pool)):
         require_like(op, name, tensor, q_THD)
     for name, tensor in (("q", q_THD), ("k", k_TKD), ("v", v_TKD)):

@@ -56,6 +56,19 @@ def test_prefill_uses_the_matrix_unit_of_each_generation(rows: list[dict[str, An
     assert units == {("sm_90", "wgmma"), ("sm_80", "mma")}
 
 
+def test_what_is_bound_by_memory_reads_sixteen_bytes_at_once(rows: list[dict[str, Any]]) -> None:
+    bound = {
+        "rms_norm_kernel",
+        "add_rms_norm_kernel",
+        "silu_mul_kernel",
+        "decode_kernel",
+        "copy_blocks_kernel",
+    }
+    for row in rows:
+        if row["kernel"] in bound:
+            assert row["read_bytes"] == 16, row
+
+
 @pytest.mark.slow
 def test_the_page_of_the_docs_is_current(tmp_path: Any) -> None:
     page = REPO / "docs/kernels.md"
