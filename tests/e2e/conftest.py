@@ -13,10 +13,10 @@ from pdserve.core.config import ServeConfig
 from tests.support.deployment import RunningDeployment, make_tiny_checkpoint
 
 
-def config_of(model: Path | str, **sections: dict[str, Any]) -> ServeConfig:
+def config_of(path: Path, /, **sections: dict[str, Any]) -> ServeConfig:
     """A small deployment on a free port, without dashboard."""
     base: dict[str, dict[str, Any]] = {
-        "model": {"model": str(model), "served_model_name": "tiny", "dtype": "float32"},
+        "model": {"model": str(path), "served_model_name": "tiny", "dtype": "float32"},
         "cache": {"block_size": 16, "num_blocks": 512},
         "prefill": {"max_num_batched_tokens": 64},
         "coordinator": {"port": 0, "heartbeat_timeout_s": 4.0},

@@ -1,0 +1,72 @@
+"""`pdserve serve` as a process: it says when it is ready, answers `pdserve generate`, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import PreTrainedModel
+
+from tests.support.paths import REPO
+
+pytestmark = pytest.mark.ray
+
+PDSERVE = [sys.executable, "-m", "pdserve.cli"]
+
+
+def test_serve_answers_and_leaves_no_process_and_no_file_behind(
+    tiny_oracle: tuple[Path, PreTrainedModel],
+) -> None:
+    before = set(Path("/tmp").glob("pdserve-*"))
+    settings = ["--set", "cache.num_blocks=64", "--set", "cache.block_size=16", "--no-dashboard"]
+    serve = subprocess.Popen(
+        [*PDSERVE, "serve", "--model", str(tiny_oracle[0]), "--port", "0", *settings],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+    )
+    try:
+        address = _until_ready(serve)
+        started = psutil.Process(serve.pid).children(recursive=True)
+        titles = [" ".join(child.cmdline()) for child in started]
+        assert all(any(actor in title for title in titles) for actor in ("PrefillActor", "DecodeActor")), (
+            titles
+        )
+        assert set(Path("/tmp").glob("pdserve-*")) > before
+        answer = subprocess.run(
+            [*PDSERVE, "generate", "--raw", "the", "--address", address, "--max-tokens", "4", "--json"],
+            capture_output=True,
+            text=True,
+            cwd=REPO,
+            timeout=60,
+        )
+        assert answer.returncode == 0, answer.stderr
+        last = json.loads(answer.stdout.splitlines()[-1])
+        assert last["usage"]["completion_tokens"] == 4
+
+        serve.send_signal(signal.SIGTERM)
+        _, said = serve.communicate(timeout=60)
+        assert serve.returncode == 0, said
+        assert "stopped" in said
+        assert "Traceback" not in said
+        assert [child for child in started if child.is_running()] == []
+        assert set(Path("/tmp").glob("pdserve-*")) <= before
+    finally:
+        serve.kill()
+        serve.wait()
+
+
+def _until_ready(serve: subprocess.Popen[str]) -> str:
+    assert serve.stderr is not None
+    seen = []
+    for line in serve.stderr:
+        seen.append(line)
+        if found := re.search(r"gRPC\s+(\S+)", line):
+            return found[1]
+    raise AssertionError("it ended before it was ready:\n" + "".join(seen))
