@@ -73,7 +73,6 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 		$(PIP) install "torch==$(TORCH)" -c constraints.txt; \
 	else \
 		$(PIP) install "torch==$(TORCH)+cpu" -c constraints.txt 2>/dev/null || \
-		$(PIP) install "torch==$(TORCH)+cpu" -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null || \
 		$(PIP) install "torch==$(TORCH)" -c constraints.txt; \
 	fi
 	@touch $@
