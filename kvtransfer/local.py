@@ -152,10 +152,10 @@ class LocalBackend:
         return None
 
     def connect(self, peer: WorkerId, epoch: int, fingerprint: Fingerprint, metadata: bytes) -> None:
-        meet(self._fingerprint, peer, epoch, fingerprint, metadata, self.PATH)
         known = self._peers.get(peer)
         if known is not None and epoch < known:
-            raise TransferError(f"peer {peer} of epoch {epoch} is older than the known {known}")
+            return
+        meet(self._fingerprint, peer, epoch, fingerprint, metadata, self.PATH)
         self._hub.find(peer, epoch)
         self._peers[peer] = epoch
         self._events.append(PeerConnected(peer=peer, epoch=epoch, path=self.path(peer)))

@@ -121,11 +121,12 @@ class NixlBackend:
     # --- peers --------------------------------------------------------------------------------------
 
     def connect(self, peer: WorkerId, epoch: int, fingerprint: Fingerprint, metadata: bytes) -> None:
-        found = meet(self._fingerprint, peer, epoch, fingerprint, metadata, TRANSPORT)
         known = self._peers.get(peer)
+        if known is not None and epoch < known.epoch:
+            log.info("late news of %s@%d was ignored: %d is known", peer, epoch, known.epoch)
+            return
+        found = meet(self._fingerprint, peer, epoch, fingerprint, metadata, TRANSPORT)
         if known is not None:
-            if epoch < known.epoch:
-                raise TransferError(f"peer {peer} of epoch {epoch} is older than the known {known.epoch}")
             if epoch == known.epoch and known.phase is not Phase.FAILED:
                 if known.phase is Phase.READY:
                     self._events.append(PeerConnected(peer=peer, epoch=epoch, path=known.path))

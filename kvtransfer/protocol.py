@@ -167,7 +167,8 @@ class TransferBackend(Protocol):
 
         A second connect with the same epoch is answered by `PeerConnected` again, and revives a failed peer.
         Pushes to an older epoch that are under way stay so until they are terminal or it is disconnected.
-        Raises `FingerprintMismatch`, `TransferError` (an older epoch, metadata that does not fit).
+        Late news of an older epoch than the known one is ignored, without an event.
+        Raises `FingerprintMismatch`, `TransferError` (metadata that does not fit).
         """
         ...
 

@@ -135,7 +135,8 @@ class TransferService:
         self._wake()
 
     def connect(self, peer: WorkerId, epoch: int, fingerprint: Fingerprint, metadata: bytes) -> None:
-        """Meet a peer. The answer is `PeerConnected`, or `PeerFailed` with the reason."""
+        """Meet a peer. The answer is `PeerConnected`, or `PeerFailed` with the reason; none to an older epoch
+        than the one that is known."""
         self._command(_Connect(peer, epoch, fingerprint, metadata))
 
     def disconnect(self, peer: WorkerId, epoch: int | None = None) -> None:

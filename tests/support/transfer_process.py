@@ -32,7 +32,7 @@ from tests.support.transfer import WAIT_S, Events, Pools, fingerprint
 BIG = GroupLayout(
     group=CacheGroup(name="big", num_layers=8, num_kv_heads=4, head_dim=64, dtype="bfloat16"), block_tokens=64
 )
-NUM_BLOCKS = 64
+NUM_BLOCKS = 32
 
 
 class NodeProcess:
