@@ -1,16 +1,12 @@
 """What a prefill worker does next: pure, no I/O and no clock of its own.
 
-    StartPrefill -> WAITING --blocks for the whole prompt--> COMPUTING --first token--> SETTLING -> last word:
-                                                                            TransferDone if all went well,
-                                                                            else PushesSettled
-
-Prompts are read earliest TTFT deadline first. A prompt takes blocks for all of its tokens when it starts, so
-two half-read prompts can never wait for each other.
+StartPrefill -> WAITING --blocks for the whole prompt--> COMPUTING --first token--> SETTLING -> last word:
+                                                                        TransferDone if all went well,
+                                                                        else PushesSettled
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Sequence
 from typing import assert_never
@@ -19,11 +15,9 @@ from kvtransfer.protocol import (
     NoteArrived,
     PeerConnected,
     PeerFailed,
-    Push,
     PushEnded,
     TransferStopped,
 )
-from pdserve.core.codec import encode
 from pdserve.core.errors import (
     InvalidRequest,
     Overloaded,
@@ -33,22 +27,19 @@ from pdserve.core.errors import (
     RequestCancelled,
     TransferError,
 )
-from pdserve.core.ids import AttemptId, BlockId, WorkerId
+from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import GroupLayout, blocks_for
 from pdserve.core.messages import (
-    HANDOVER_VERSION,
     Cancel,
     ConnectPeer,
     Drain,
     DropPeer,
-    Handover,
     Heartbeat,
     Message,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
     PushesSettled,
-    PushNote,
     StartDecode,
     StartPrefill,
     TransferDone,
@@ -57,14 +48,16 @@ from pdserve.engine.batch import Sampled, SampleFailed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
 from pdserve.worker.compute import WorkResult
-from pdserve.worker.events import Action, CoordinatorLost, Event, FromCoordinator, OwnerId, Send, SubmitPush
+from pdserve.worker.events import Action, CoordinatorLost, Event, FromCoordinator, OwnerId, Send
 from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
 from pdserve.worker.urgency import prefill_urgency
-from prefill.pushes import PushBook, blocks_to_push
+from prefill.pushes import PushBook
+from prefill.queue import PromptQueue
 from prefill.run import Chunk, PrefillPlan, PrefillRun, Stage
+from prefill.sending import PushMaker
 
 
 class PrefillScheduler:
@@ -82,17 +75,18 @@ class PrefillScheduler:
     ) -> None:
         self._worker, self._epoch = worker, epoch
         self._layout, self._max_len = layout, max_len
-        # A chunk is at least a block, or a long prompt would never advance.
-        self._budget = max(max_num_batched_tokens, layout.block_tokens)
-        self._max_num_seqs = max_num_seqs
         self._pool = BlockPool(num_blocks)
         self._cache = PrefixCache(self._pool, block_tokens=layout.block_tokens, enabled=prefix_caching)
+        self._queue = PromptQueue(
+            self._pool,
+            self._cache,
+            block_tokens=layout.block_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+        self._pushes = PushMaker(layout)
         self._runs: dict[AttemptId, PrefillRun] = {}
-        self._queue: list[PrefillRun] = []
-        """Waiting and computing, most urgent first."""
-        self._of_push: dict[int, PrefillRun] = {}
         self._peers = PeerTable()
-        self._push_ids = itertools.count()
         self._order = itertools.count()
         self._plan: PrefillPlan | None = None
         self._draining = False
@@ -160,7 +154,7 @@ class PrefillScheduler:
             pushes=PushBook(self._pool, attempt),
         )
         self._runs[attempt] = run
-        bisect.insort(self._queue, run, key=lambda r: r.urgency)
+        self._queue.add(run)
         return []
 
     def _start_error(self, request: StartPrefill) -> PdServeError | None:
@@ -210,11 +204,9 @@ class PrefillScheduler:
         return [action for run in hit for action in self._fail_run(run, error, now)]
 
     def _push_ended(self, event: PushEnded, now: float) -> list[Action]:
-        run = self._of_push.get(event.id)
+        run = self._pushes.owner(event)
         if run is None:
             return []
-        if event.terminal:
-            del self._of_push[event.id]
         run.pushes.ended(event, now)
         if run.pushes.error is not None:
             error = TransferError(f"push to {run.request.decode_worker} failed: {run.pushes.error}")
@@ -246,15 +238,9 @@ class PrefillScheduler:
         run.handed_over = False
         if run.pushes.error is None:
             run.pushes.error = str(error)
-        self._stop_computing(run)
+        if run.stage is not Stage.SETTLING:
+            self._queue.leave(run)
         return self._settle(run, now)
-
-    def _stop_computing(self, run: PrefillRun) -> None:
-        if run.stage is Stage.SETTLING:
-            return
-        run.stage = Stage.SETTLING
-        self._queue.remove(run)
-        self._pool.release_all(run.blocks, run.holder)
 
     def _settle(self, run: PrefillRun, now: float) -> list[Action]:
         """The last word on an attempt, once its last push is terminal."""
@@ -263,7 +249,7 @@ class PrefillScheduler:
         del self._runs[run.attempt]
         if not run.handed_over:
             if run.owner_lost and not run.handover_sent:
-                return [self._settling_push(run, now)]
+                return [self._pushes.settling(run, now)]
             return [Send(run.owner, PushesSettled(attempt=run.attempt))]
         book = run.pushes
         done = TransferDone(
@@ -279,87 +265,18 @@ class PrefillScheduler:
 
     def schedule(self, now: float) -> tuple[PrefillPlan | None, list[Action]]:
         """The next step, and what is to be done before it. None: nothing can be computed now."""
-        chunks: list[Chunk] = []
+        chunks, begun = self._queue.schedule()
         actions: list[Action] = []
-        budget, room = self._budget, self._max_num_seqs - self._num_computing()
-        full = False
-        for run in list(self._queue):
-            if run.stage is Stage.WAITING:
-                # No skipping ahead: a long prompt would starve behind short ones that keep fitting.
-                full = full or room <= 0 or not self._admit(run)
-                if full:
-                    continue
-                room -= 1
-                actions += self._began(run, now)
-            chunk = self._chunk(run, budget)
-            if chunk is None:
-                break
-            chunks.append(chunk)
-            budget -= chunk.end - chunk.start
-            if budget <= 0:
-                break
+        for run in begun:
+            queue_s = now - run.received
+            started = PrefillStarted(attempt=run.attempt, cached_tokens=run.computed, queue_s=queue_s)
+            actions += [Send(run.owner, started), *self._pushes.cached_prefix(run, now)]
         self._plan = PrefillPlan(chunks, now) if chunks else None
         return self._plan, actions
 
-    def _num_computing(self) -> int:
-        return sum(1 for run in self._queue if run.stage is Stage.COMPUTING)
-
-    def _admit(self, run: PrefillRun) -> bool:
-        """Take blocks for the whole prompt, the cached prefix first; False when there are not enough."""
-        tokens = run.spec.tokens
-        wanted = blocks_for(len(tokens), self._layout.block_tokens)
-        # Prompt logprobs need every position computed.
-        hashes = run.hashes.of(tokens) if run.num_prompt_logprobs is None else []
-        taken = self._cache.reserve(
-            hashes, len(tokens), total=wanted, cached_holder=run.holder, fresh_holder=run.holder
-        )
-        if taken is None:
-            return False
-        run.blocks = [*taken.cached, *taken.fresh]
-        run.computed = len(taken.cached) * self._layout.block_tokens
-        run.stage = Stage.COMPUTING
-        return True
-
-    def _began(self, run: PrefillRun, now: float) -> list[Action]:
-        queue_s = now - run.received
-        started = PrefillStarted(attempt=run.attempt, cached_tokens=run.computed, queue_s=queue_s)
-        actions: list[Action] = [Send(run.owner, started)]
-        cached_here = blocks_to_push(
-            start=0,
-            end=run.computed,
-            final=False,
-            dst_cached_tokens=run.request.dst_cached_tokens,
-            block_tokens=self._layout.block_tokens,
-        )
-        if cached_here:
-            actions.append(self._push(run, cached_here, (0, self._layout.group.num_layers), now))
-        return actions
-
-    def _chunk(self, run: PrefillRun, budget: int) -> Chunk | None:
-        """As much of the prompt as the budget allows; up to a block boundary unless it is all of it."""
-        end = min(run.num_tokens, run.computed + budget)
-        if end < run.num_tokens:
-            end -= end % self._layout.block_tokens
-        if end <= run.computed:
-            return None
-        size = self._layout.block_tokens
-        for block in run.blocks[run.computed // size : blocks_for(end, size)]:
-            self._pool.require_writable(block, run.holder)
-        return Chunk(run, run.computed, end)
-
-    def layers_done(self, plan: PrefillPlan, first: int, last: int, now: float) -> list[Action]:
+    def layers_done(self, plan: PrefillPlan, first: int, last: int, now: float) -> Sequence[Action]:
         """The KV of layers [first, last) of this step is in the pool: push it, while later ones compute."""
-        is_last_group = last == self._layout.group.num_layers
-        if is_last_group:
-            plan.held_back = (first, last)
-        actions: list[Action] = []
-        for chunk in plan.chunks:
-            if is_last_group and chunk.final:
-                continue
-            blocks = self._blocks_of(chunk)
-            if blocks:
-                actions.append(self._push(chunk.run, blocks, (first, last), now))
-        return actions
+        return self._pushes.layers(plan, first, last, now)
 
     def complete(self, plan: PrefillPlan, results: Sequence[WorkResult], now: float) -> list[Action]:
         """The step is computed and sampled."""
@@ -375,7 +292,7 @@ class PrefillScheduler:
                 actions += self._fail_run(run, result.sampled.error, now)
                 continue
             run.prompt_logprobs.extend(result.prompt_logprobs)
-            self._remember(chunk)
+            self._queue.remember(chunk)
             if result.sampled is None:
                 actions.append(Send(run.owner, PrefillProgress(attempt=run.attempt, tokens_done=chunk.end)))
             else:
@@ -400,78 +317,9 @@ class PrefillScheduler:
         run.compute_end = now
         if finish is None:
             run.handed_over = run.handover_sent = True
-            handover = Handover(
-                version=HANDOVER_VERSION,
-                attempt=run.attempt,
-                num_tokens=run.num_tokens,
-                num_pushes=run.pushes.num_submitted + 1,
-                bytes_moved=run.pushes.bytes_planned + self._push_bytes(self._blocks_of(chunk), held_back),
-                first_token=sampled.token,
-                logprobs=sampled.logprobs,
-            )
-            actions.append(self._push(run, self._blocks_of(chunk), held_back, now, handover))
-        self._stop_computing(run)
+            actions.append(self._pushes.handover(chunk, held_back, sampled, now))
+        self._queue.leave(run)
         return [*actions, *self._settle(run, now)]
-
-    def _remember(self, chunk: Chunk) -> None:
-        """Keep the chunk's full blocks for prompts that begin alike."""
-        run, size = chunk.run, self._layout.block_tokens
-        hashes = run.hashes.of(run.spec.tokens)
-        for index in range(chunk.start // size, chunk.end // size):
-            self._cache.insert(hashes[index], run.blocks[index])
-
-    def _blocks_of(self, chunk: Chunk) -> range:
-        return blocks_to_push(
-            start=chunk.start,
-            end=chunk.end,
-            final=chunk.final,
-            dst_cached_tokens=chunk.run.request.dst_cached_tokens,
-            block_tokens=self._layout.block_tokens,
-        )
-
-    def _push_bytes(self, blocks: range, layers: tuple[int, int]) -> int:
-        return len(blocks) * (layers[1] - layers[0]) * self._layout.layer_bytes
-
-    def _push(
-        self,
-        run: PrefillRun,
-        blocks: range,
-        layers: tuple[int, int],
-        now: float,
-        handover: Handover | None = None,
-    ) -> SubmitPush:
-        note = PushNote(attempt=run.attempt, sequence=run.pushes.num_submitted, handover=handover)
-        push = Push(
-            id=next(self._push_ids),
-            peer=run.request.decode_worker,
-            group=0,
-            src_blocks=tuple(run.blocks[i] for i in blocks),
-            dst_blocks=tuple(run.request.dst_blocks[i] for i in blocks),
-            layers=layers,
-            note=encode(note),
-            deadline=now + run.request.transfer_deadline_s,
-        )
-        run.pushes.submitted(push, self._push_bytes(blocks, layers), now)
-        self._of_push[push.id] = run
-        return SubmitPush(push)
-
-    def _settling_push(self, run: PrefillRun, now: float) -> SubmitPush:
-        """Tell the decode worker that nothing of an attempt is to come, when no coordinator relays it.
-
-        Without a hand-over it can only have its blocks in quarantine or wait for more, so one of them takes
-        whatever bytes carry the note. (With one it may be running, or over: then nothing may be written.)
-        """
-        push = Push(
-            id=next(self._push_ids),
-            peer=run.request.decode_worker,
-            group=0,
-            src_blocks=(BlockId(0),),
-            dst_blocks=(run.request.dst_blocks[-1],),
-            layers=(0, 1),
-            note=encode(PushesSettled(attempt=run.attempt)),
-            deadline=now + run.request.transfer_deadline_s,
-        )
-        return SubmitPush(push)
 
     # --- time and state -----------------------------------------------------------------------------
 
@@ -487,14 +335,13 @@ class PrefillScheduler:
         self._pool.audit()
 
     def heartbeat(self) -> Heartbeat:
-        waiting = [run for run in self._queue if run.stage is Stage.WAITING]
         return Heartbeat(
             worker=self._worker,
             epoch=self._epoch,
             blocks=self._pool.counts(),
-            waiting=len(waiting),
-            running=len(self._queue) - len(waiting),
-            waiting_tokens=sum(run.num_tokens - run.computed for run in self._queue),
+            waiting=self._queue.num_waiting,
+            running=self._queue.num_computing,
+            waiting_tokens=self._queue.uncomputed_tokens,
             step_s=self._meter.step_s,
             tokens_per_s=self._meter.tokens_per_s,
             prefix_hit_tokens=self._cache.stats.hit_tokens,
