@@ -6,7 +6,7 @@ from coordinator import endings
 from coordinator.book import Book
 from coordinator.events import Action, NewRequest, Send
 from coordinator.failures import refusal_of
-from coordinator.fleet import Gate
+from coordinator.fleet import Gate, WorkerState
 from coordinator.flight import Attempt, Flight
 from pdserve.core.errors import BlockPoolExhausted, DeadlineExceeded, InvalidRequest, Overloaded, PdServeError
 from pdserve.core.layout import blocks_for
@@ -22,13 +22,29 @@ def admission_error(book: Book, request: NewRequest, now: float) -> PdServeError
         return Overloaded(f"{limit} requests are waiting already, the most allowed", retry_after_s=wait)
     if request.deadline <= now:
         return DeadlineExceeded(f"request {request.id}: its deadline had passed when it arrived")
-    decoders = book.fleet.of(request.model, Role.DECODE)
-    if decoders:
-        largest = max(decoders, key=lambda w: w.info.num_blocks * w.info.block_tokens).info
-        wanted = blocks_for(len(request.tokens) + 1, largest.block_tokens)
-        if wanted > largest.num_blocks:
-            return BlockPoolExhausted(wanted=wanted, free=largest.num_blocks)
+    largest = _largest_decoder(book, request.model)
+    if largest is not None:
+        wanted = blocks_for(len(request.tokens) + 1, largest.info.block_tokens)
+        if wanted > largest.info.num_blocks:
+            return BlockPoolExhausted(wanted=wanted, free=largest.info.num_blocks)
     return None
+
+
+def _largest_decoder(book: Book, model: str) -> WorkerState | None:
+    decoders = book.fleet.of(model, Role.DECODE)
+    return max(decoders, key=lambda w: w.info.num_blocks * w.info.block_tokens, default=None)
+
+
+def _will_never_fit(book: Book, flight: Flight, decode: WorkerState) -> bool:
+    """Refused for want of blocks by the largest worker, which had all of them to give."""
+    largest = _largest_decoder(book, flight.request.model)
+    if largest is None or decode.info.num_blocks < largest.info.num_blocks:
+        return False
+    if blocks_for(flight.num_tokens + 1, decode.info.block_tokens) > decode.info.num_blocks:
+        return True
+    beat = decode.heartbeat
+    idle = beat is not None and beat.blocks.free + beat.blocks.cached == beat.blocks.total
+    return idle and not decode.blocks_placed
 
 
 def place_waiting(book: Book, now: float) -> list[Action]:
@@ -97,7 +113,8 @@ def refused(book: Book, flight: Flight, attempt: Attempt, message: Refused, now:
             book, flight, error, now, retryable=error.retryable, reporter=attempt.decode
         )
     book.release(attempt)
-    if isinstance(error, InvalidRequest):
+    no_blocks = message.reason is RefusalReason.NO_BLOCKS
+    if isinstance(error, InvalidRequest) or (no_blocks and _will_never_fit(book, flight, decode)):
         return endings.end(book, flight, Phase.REJECTED, error, now)
     if message.reason is RefusalReason.DRAINING:
         decode.draining = True

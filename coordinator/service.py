@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # `health.aio`, which the stubs do not know
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from coordinator.book import RegistrySettings
 from coordinator.dispatcher import Dispatcher
 from coordinator.gateway import SERVICE, Gateway, GatewaySettings
 from coordinator.metrics import Metrics
+from coordinator.metrics_server import MetricsServer
 from coordinator.models import LoadedModel, ServedModel
 from coordinator.registry import Registry
 from coordinator.router import Router
@@ -79,7 +78,7 @@ class Coordinator:
         self._running = _Running(dispatcher, server, metrics_server)
         await server.start()
         await self._update_health()
-        return Endpoints(f"{settings.host}:{port}", metrics_server.server_port)
+        return Endpoints(f"{settings.host}:{port}", metrics_server.port)
 
     async def add_worker(self, address: str, *, model: str | None = None) -> WorkerInfo:
         """Dial a worker and put it to use; one of the same name is taken to be replaced, its process ended.
@@ -112,8 +111,7 @@ class Coordinator:
             refusing = asyncio.create_task(running.server.stop(grace_s + 1.0))
             await running.dispatcher.stop(grace_s)
             await refusing
-            running.metrics_server.shutdown()
-            running.metrics_server.server_close()
+            await asyncio.to_thread(running.metrics_server.close)
         self._tokenisers.shutdown(cancel_futures=True)
 
     def snapshot(self) -> CoordinatorSnapshot:
@@ -153,7 +151,7 @@ class Coordinator:
 class _Running:
     dispatcher: Dispatcher
     server: grpc.aio.Server
-    metrics_server: WSGIServer
+    metrics_server: MetricsServer
 
 
 def _registry_settings(config: ServeConfig) -> RegistrySettings:
@@ -196,11 +194,9 @@ def _listen(
         raise ConfigError(f"coordinator.port: cannot listen on {where}; choose another (0: any)") from error
 
 
-def _serve_metrics(settings: CoordinatorSettings, metrics: Metrics) -> WSGIServer:
-    """A thread of its own, so that a slow scrape holds up no token."""
+def _serve_metrics(settings: CoordinatorSettings, metrics: Metrics) -> MetricsServer:
     try:
-        server, _thread = start_http_server(settings.metrics_port, settings.host, metrics.registry)
+        return MetricsServer(metrics.registry, settings.host, settings.metrics_port)
     except OSError as error:
         where = f"{settings.host}:{settings.metrics_port}"
         raise ConfigError(f"coordinator.metrics_port: cannot listen on {where}: {error.strerror}") from error
-    return server

@@ -229,6 +229,25 @@ def test_a_prompt_no_worker_will_ever_have_room_for_is_refused_at_once() -> None
     assert world.outcome("r") == "BlockPoolExhausted"
 
 
+def test_a_request_that_waited_for_workers_which_are_too_small_is_refused_when_they_come() -> None:
+    world = World()
+    world.submit(new_request(prompt=[1] * 8))
+    world.join("decode-0", Role.DECODE, num_blocks=2)
+    world.run()
+    assert world.outcome("r") == "BlockPoolExhausted"
+
+
+def test_a_request_an_idle_worker_has_no_room_for_is_refused_rather_than_kept_waiting(world: World) -> None:
+    worker = world.workers[D]
+    assert isinstance(worker, ModelDecode)
+    world.beat(D)
+    world.flush()
+    worker.refuse_next = 1
+    world.submit(new_request())
+    world.flush()
+    assert world.outcome("r") == "BlockPoolExhausted"
+
+
 def test_a_full_queue_refuses_with_a_hint_when_to_come_back() -> None:
     settings = RegistrySettings(max_queued_requests=2, max_attempts=3, lease_s=3.0, transfer_deadline_s=3.0)
     world = World(settings)

@@ -58,12 +58,12 @@ async def deployed(
     folder: Path, *, prefill: int = 1, decode: int = 1, chat: bool = True, **settings: Any
 ) -> AsyncIterator[Deployed]:
     """`settings` are the coordinator's; ports are free ones, and the model is called `scripted`."""
-    config = ServeConfig(coordinator=CoordinatorSettings(port=0, **settings))
+    config = ServeConfig(coordinator=CoordinatorSettings(**{"port": 0, **settings}))
     model = ServedModel.from_dir(make_scripted_model(folder / "model", chat=chat), name="scripted")
     coordinator = Coordinator(config, [model])
-    endpoints = await coordinator.start()
     cluster = ScriptedCluster(folder)
     try:
+        endpoints = await coordinator.start()
         async with AsyncClient(endpoints.grpc, timeout_s=20) as client:
             system = Deployed(coordinator, cluster, client, endpoints.grpc, endpoints.metrics_port)
             for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):

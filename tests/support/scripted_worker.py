@@ -32,6 +32,8 @@ class ScriptedWorker:
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Condition()
         self._wake = asyncio.Event()
+        self.disconnected = asyncio.Event()
+        """The coordinator has closed the connection."""
 
     async def start(self, folder: Path) -> None:
         path = folder / f"{self.info.worker}-{self.info.epoch}.sock"
@@ -86,6 +88,8 @@ class ScriptedWorker:
                 self.heard.append(message)
                 self.say(self.model.handle(message))  # type: ignore[arg-type]  # whatever comes, it judges
             await self.changed()
+        self.disconnected.set()
+        await channel.close()
 
     def say(self, messages: Sequence[Message]) -> None:
         if messages and self._channel is not None and not self._muted:
