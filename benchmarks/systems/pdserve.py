@@ -23,7 +23,7 @@ class PdserveDisaggregated(System):
     name: ClassVar[str] = "pdserve"
     describes: ClassVar[str] = "pdserve, 1 prefill + 1 decode worker, KV over NIXL, bf16"
     can_freeze: ClassVar[bool] = False
-    estimated_gib: ClassVar[float] = 4.5
+    estimated_gib: ClassVar[float] = 5.0
     stop_grace_s: ClassVar[float] = 40.0
 
     prefill_workers: ClassVar[int] = 1

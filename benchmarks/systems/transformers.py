@@ -27,7 +27,7 @@ class TransformersGenerate(System):
     describes: ClassVar[str] = (
         "transformers `generate`, eager, bf16, SDPA; the 16 streams are one static batch"
     )
-    estimated_gib: ClassVar[float] = 1.5
+    estimated_gib: ClassVar[float] = 1.0
 
     async def start(self) -> None:
         venv = TRANSFORMERS.path(self.setup.venv_root)

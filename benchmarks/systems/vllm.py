@@ -21,7 +21,7 @@ class Vllm(System):
 
     name: ClassVar[str] = "vllm"
     describes: ClassVar[str] = "vLLM CPU, one instance on all cores, torch.compile, bf16"
-    estimated_gib: ClassVar[float] = 4.0
+    estimated_gib: ClassVar[float] = 3.5
 
     async def start(self) -> None:
         port = free_port()
@@ -58,7 +58,7 @@ class VllmDisaggregated(System):
         "vLLM CPU, prefill + decode instances on half the cores each, KV over NIXL, eager, bf16, "
         "NIXL's progress thread slowed to 500 us, no proxy process"
     )
-    estimated_gib: ClassVar[float] = 7.0
+    estimated_gib: ClassVar[float] = 6.5
 
     async def start(self) -> None:
         cores = self.setup.cores
