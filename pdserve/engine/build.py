@@ -20,7 +20,7 @@ from pdserve.models.checkpoint import Checkpoint
 from pdserve.models.config import ModelConfig
 from pdserve.models.hf_config import read_config
 from pdserve.models.llama import LlamaModel
-from pdserve.models.ops import ModelOps
+from pdserve.models.ops import ModelOps, Workload
 from pdserve.models.ops_cpu import CpuOps
 from pdserve.models.weights import DummySource, load_llama
 
@@ -53,11 +53,13 @@ def build_engine(
     device: str,
     num_threads: int | None,
     progress: Callable[[float, str], None] | None = None,
+    workload: Workload = Workload.ANY,
 ) -> Engine:
     """Load the model, allocate the KV pool with what memory is left, and say what peers must agree on.
 
     device: "cpu" or as torch names a GPU. num_threads: of this process's torch, None leaves it.
     progress: called with a fraction in [0, 1] and words, on this thread.
+    workload: on a CPU, a prefill worker keeps its weights once; others keep a second form for small batches.
     Raises `CheckpointError` for weights that do not fit the config, `ConfigError` for settings that cannot
     work.
     """
@@ -68,7 +70,7 @@ def build_engine(
     config = read_config(model_dir)
     config = replace(config, dtype=config.dtype if model.dtype is DType.AUTO else model.dtype.value)
     wanted_len = _wanted_len(config, model)
-    weights, digest = _load(model_dir, model, config, target, wanted_len, say)
+    weights, digest = _load(model_dir, model, config, target, wanted_len, workload, say)
     say(0.97, "allocating the KV cache")
     layout = GroupLayout(group=_cache_group(config), block_tokens=cache.block_size)
     num_blocks = _num_blocks(layout, cache, target)
@@ -110,10 +112,11 @@ def _load(
     config: ModelConfig,
     device: torch.device,
     max_positions: int,
+    workload: Workload,
     progress: Progress,
 ) -> tuple[LlamaModel, str]:
     dtype = TORCH_DTYPES[config.dtype]
-    ops = _make_ops(config, device, max_positions)
+    ops = _make_ops(config, device, max_positions, workload)
     # The pool is allocated after the weights: the last few percent are its.
     scaled = lambda fraction, words: progress(0.02 + 0.94 * fraction, words)  # noqa: E731
     if model.load_format == "dummy":
@@ -125,9 +128,9 @@ def _load(
         return weights, checkpoint.digest
 
 
-def _make_ops(config: ModelConfig, device: torch.device, max_positions: int) -> ModelOps:
+def _make_ops(config: ModelConfig, device: torch.device, max_positions: int, workload: Workload) -> ModelOps:
     if device.type == "cpu":
-        return CpuOps(config, device, max_positions)
+        return CpuOps(config, device, max_positions, workload)
     # Only a host with a GPU has Triton.
     from pdserve.models.ops_triton import TritonOps
 

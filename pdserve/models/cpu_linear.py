@@ -13,7 +13,9 @@ Activations are float32. Three ways to multiply, each exact in its weights:
 from __future__ import annotations
 
 import math
+import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,8 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF_MAX_ROWS: Final = 3
-"""Up to this many rows the float16 product beats oneDNN's bfloat16 one."""
+from pdserve.models.ops import Workload
+
+FEW_ROWS: Final = 3
+"""Up to this many rows the float16 product usually beats oneDNN's bfloat16 one."""
+PROBED_ROWS: Final = (1, 2, 3, 4, 6, 8, 16, 64)
+PROBED_LAYERS: Final = 6
+PROBED_ROUNDS: Final = 2
 HALF_LARGEST: Final = 15
 """Weights are scaled to below 2 ** this; float16 ends at 2 ** 16."""
 HALF_TOLERANCE: Final = 2.0**-32
@@ -43,6 +50,7 @@ class Bfloat16Linear:
     """bfloat16 weights as they are, for CPUs or shapes that oneDNN does not repack."""
 
     weight_OI: Tensor
+    shape: tuple[int, int]
     bias_O: Tensor | None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
@@ -54,6 +62,7 @@ class PackedLinear:
     """oneDNN's blocked bfloat16 weight; the original may be dropped."""
 
     packed: Tensor
+    shape: tuple[int, int]
     bias_O: Tensor | None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
@@ -68,6 +77,7 @@ class HalfLinear:
     """fbgemm's float16 weight, scaled; float32 activations and sums."""
 
     packed: Tensor
+    shape: tuple[int, int]
     scale: float
     """The product is multiplied by this power of two: exact."""
     bias_O: Tensor | None
@@ -77,58 +87,117 @@ class HalfLinear:
         return y.mul_(self.scale) if self.bias_O is None else torch.add(self.bias_O, y, alpha=self.scale)
 
 
-@dataclass(frozen=True, slots=True)
 class BySize:
-    """`few` up to `max_few` rows, `many` above."""
+    """`few` up to `few_rows` rows, `many` above. Starts with a rule of thumb; `choose_products` measures."""
 
-    few: HalfLinear
-    many: Bfloat16Linear | PackedLinear
-    max_few: int
+    def __init__(self, few: HalfLinear, many: Bfloat16Linear | PackedLinear) -> None:
+        self._few: HalfLinear | None = few
+        self._many: HalfLinear | Bfloat16Linear | PackedLinear = many
+        self._few_rows = FEW_ROWS
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return (self.few if x_TI.shape[0] <= self.max_few else self.many)(x_TI)
+        if self._few is not None and x_TI.shape[0] <= self._few_rows:
+            return self._few(x_TI)
+        return self._many(x_TI)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs, inputs."""
+        return self._many.shape
+
+    @property
+    def few_rows(self) -> int:
+        return self._few_rows
+
+    def time_few(self, x_TI: Tensor) -> float:
+        """Seconds of one product; NaN where only `many` is left."""
+        return _seconds(self._few, x_TI) if self._few is not None else math.nan
+
+    def time_many(self, x_TI: Tensor) -> float:
+        return _seconds(self._many, x_TI)
+
+    def split_at(self, few_rows: int) -> None:
+        """Use `few` up to this many rows, and let go of what is never used."""
+        self._few_rows = few_rows
+        if few_rows == 0:
+            self._few = None
+        elif few_rows >= PROBED_ROWS[-1] and self._few is not None:
+            self._many, self._few = self._few, None
 
 
 Linear = PlainLinear | Bfloat16Linear | PackedLinear | HalfLinear | BySize
 
 
-def make_linear(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
-    """The fastest lossless product for this weight. Copies what it keeps."""
-    half = _half(weight_OI, bias_O)
+def make_linear(weight_OI: Tensor, bias_O: Tensor | None, workload: Workload) -> Linear:
+    """The fastest lossless products for this weight. Copies what it keeps."""
     if weight_OI.dtype != torch.bfloat16:
-        return half or PlainLinear(weight_OI.float().contiguous(), None if bias_O is None else bias_O.float())
+        plain_bias = None if bias_O is None else bias_O.float()
+        return _half(weight_OI, bias_O) or PlainLinear(weight_OI.float().contiguous(), plain_bias)
     many = _packed(weight_OI, bias_O)
-    return many if half is None else BySize(half, many, HALF_MAX_ROWS)
+    half = _half(weight_OI, bias_O) if workload is Workload.ANY else None
+    return many if half is None else BySize(half, many)
+
+
+def choose_products(linears: Sequence[Linear]) -> None:
+    """Measure, for each shape of weight, up to how many rows the float16 product is the faster one.
+
+    Every product is timed over several layers' weights in turn, so that they come from memory as in a step.
+    """
+    by_shape: dict[tuple[int, int], list[BySize]] = {}
+    for linear in linears:
+        if isinstance(linear, BySize):
+            by_shape.setdefault(linear.shape, []).append(linear)
+    for (_, inputs), alike in by_shape.items():
+        few_rows = 0
+        for rows in PROBED_ROWS:
+            x = torch.randn(rows, inputs)
+            probed = alike[:PROBED_LAYERS]
+            times = [(linear.time_few(x), linear.time_many(x)) for linear in probed * PROBED_ROUNDS]
+            if min(few for few, _ in times) > min(many for _, many in times):
+                break
+            few_rows = rows
+        for linear in alike:
+            linear.split_at(few_rows)
+
+
+def _seconds(linear: HalfLinear | Bfloat16Linear | PackedLinear, x_TI: Tensor) -> float:
+    # Time on the CPU: what other processes take meanwhile does not count.
+    start = time.thread_time()
+    linear(x_TI)
+    return time.thread_time() - start
 
 
 def _half(weight_OI: Tensor, bias_O: Tensor | None) -> HalfLinear | None:
     """None where fbgemm is missing or float16 would change a weight."""
-    weight = weight_OI.float()
-    largest = float(weight.abs().max())
+    largest = float(weight_OI.abs().max())
     if largest == 0.0 or not math.isfinite(largest):
         return None
     exponent = HALF_LARGEST - math.frexp(largest)[1]
-    scaled = weight * 2.0**exponent
-    change = (scaled.half().float() - scaled).abs_().max()
-    if float(change) > HALF_TOLERANCE * 2.0**HALF_LARGEST:
-        return None
+    scaled = weight_OI.float() * 2.0**exponent
+    # Weights of 16 bits fit by construction: what float16 drops of them is below 2 ** -25.
+    if weight_OI.dtype == torch.float32:
+        change = (scaled.half().float() - scaled).abs_().max()
+        if float(change) > HALF_TOLERANCE * 2.0**HALF_LARGEST:
+            return None
     with warnings.catch_warnings():
         # Both functions are marked deprecated in torch 2.13, with no successor as fast; they warn once.
         warnings.simplefilter("ignore")
         try:
             packed = torch.fbgemm_pack_gemm_matrix_fp16(scaled)
-            linear = HalfLinear(packed, 2.0**-exponent, None if bias_O is None else bias_O.float())
-            linear(torch.zeros(1, weight.shape[1]))
+            shape = (weight_OI.shape[0], weight_OI.shape[1])
+            linear = HalfLinear(packed, shape, 2.0**-exponent, None if bias_O is None else bias_O.float())
+            linear(torch.zeros(1, shape[1]))
         except (AttributeError, NotImplementedError, RuntimeError):
             return None
     return linear
 
 
 def _packed(weight_OI: Tensor, bias_O: Tensor | None) -> PackedLinear | Bfloat16Linear:
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
-        linear = PackedLinear(packed, bias_O)
-        linear(torch.zeros(1, weight_OI.shape[1]))
+        linear = PackedLinear(packed, shape, bias_O)
+        linear(torch.zeros(1, shape[1]))
     except (AttributeError, NotImplementedError, RuntimeError):
-        return Bfloat16Linear(weight_OI.contiguous(), bias_O)
+        return Bfloat16Linear(weight_OI.contiguous(), shape, bias_O)
     return linear

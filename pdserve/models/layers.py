@@ -28,25 +28,33 @@ class DecoderLayer:
     down: Linear
 
     def forward(
-        self, x_TE: Tensor, residual_TE: Tensor, ops: ModelOps, config: ModelConfig, plan: Any
-    ) -> Tensor:
-        """Add x to the residual, in place, and run the layer; returns what the next layer adds."""
+        self,
+        x_TE: Tensor | None,
+        residual_TE: Tensor,
+        ops: ModelOps,
+        config: ModelConfig,
+        plan: Any,
+        keep_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add x (None in the first layer) to the residual, in place, and run the layer.
+
+        Returns what the next layer adds, and the residual. keep_R: rows to go on with once their KV is
+        written, for a last layer of which only some rows get logits; both results then have R rows.
+        """
         eps = config.rms_norm_eps
-        hidden = ops.add_rms_norm(x_TE, residual_TE, self.input_norm_E, eps)
-        return self._after_norm(hidden, residual_TE, ops, config, plan)
-
-    def forward_first(self, residual_TE: Tensor, ops: ModelOps, config: ModelConfig, plan: Any) -> Tensor:
-        """As `forward` where there is nothing to add yet: the residual is the embedding."""
-        hidden = ops.rms_norm(residual_TE, self.input_norm_E, config.rms_norm_eps)
-        return self._after_norm(hidden, residual_TE, ops, config, plan)
-
-    def _after_norm(
-        self, hidden_TE: Tensor, residual_TE: Tensor, ops: ModelOps, config: ModelConfig, plan: Any
-    ) -> Tensor:
-        rows = hidden_TE.shape[0]
-        heads = config.num_heads + 2 * config.num_kv_heads
-        qkv_TSD = self.qkv(hidden_TE).view(rows, heads, config.head_dim)
+        if x_TE is None:
+            hidden = ops.rms_norm(residual_TE, self.input_norm_E, eps)
+        else:
+            hidden = ops.add_rms_norm(x_TE, residual_TE, self.input_norm_E, eps)
+        rows = hidden.shape[0]
+        qkv_TSD = self.qkv(hidden).view(rows, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         q_THD = ops.rope_and_write(qkv_TSD, self.index, plan, self.qk_norm)
-        attended = ops.attention(q_THD, self.index, plan).reshape(rows, config.num_heads * config.head_dim)
-        hidden = ops.add_rms_norm(self.out(attended), residual_TE, self.post_norm_E, config.rms_norm_eps)
-        return self.down(ops.silu_mul(self.gate_up(hidden)))
+        if keep_R is not None:
+            residual_TE = residual_TE[keep_R]
+            if not keep_R.shape[0]:
+                return residual_TE, residual_TE
+        attended = ops.attention(q_THD, self.index, plan).reshape(rows, -1)
+        if keep_R is not None:
+            attended = attended[keep_R]
+        hidden = ops.add_rms_norm(self.out(attended), residual_TE, self.post_norm_E, eps)
+        return self.down(ops.silu_mul(self.gate_up(hidden))), residual_TE

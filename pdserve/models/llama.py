@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,26 +50,17 @@ class LlamaModel:
         ends = group_ends(len(self.layers), layer_groups) if on_layers_done is not None else ()
         x, first = None, 0
         for layer in self.layers:
-            if x is None:
-                x = layer.forward_first(residual, self.ops, self.config, plan)
-            else:
-                x = layer.forward(x, residual, self.ops, self.config, plan)
             last = layer.index + 1
+            keep = rows_R if last == len(self.layers) else None
+            x, residual = layer.forward(x, residual, self.ops, self.config, plan, keep)
             if on_layers_done is not None and last in ends:
                 self.ops.layers_done()
                 on_layers_done(first, last)
                 first = last
-        return self._logits(x, residual, rows_R)
-
-    def _logits(self, x_TE: Tensor | None, residual_TE: Tensor, rows_R: Tensor | None) -> Tensor:
-        if x_TE is not None and rows_R is not None:
-            x_TE, residual_TE = x_TE[rows_R], residual_TE[rows_R]
-        if residual_TE.shape[0] == 0:
-            return residual_TE.new_empty((0, self.config.vocab_size)).float()
-        eps = self.config.rms_norm_eps
-        if x_TE is None:
-            return self.head(self.ops.rms_norm(residual_TE, self.final_norm_E, eps)).float()
-        return self.head(self.ops.add_rms_norm(x_TE, residual_TE, self.final_norm_E, eps)).float()
+        if x is None or x.shape[0] == 0:
+            return torch.empty((0, self.config.vocab_size), device=tokens_T.device)
+        final = self.ops.add_rms_norm(x, residual, self.final_norm_E, self.config.rms_norm_eps)
+        return self.head(final).float()
 
 
 def group_ends(num_layers: int, groups: int) -> tuple[int, ...]:

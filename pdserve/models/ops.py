@@ -4,20 +4,29 @@ Shape legend: T tokens of the step over all slices, E hidden, H query heads, K k
 head_dim, F ff, V vocabulary, N blocks, L layers, B tokens of a block.
 
 Life of an implementation: it is made with (ModelConfig, device, max_positions); the loader hands it every
-weight through `linear` and `vector`; then the pool is allocated (with what memory is left) and `bind_pool` is
-called once; from then on steps run: `plan` once per step, the rest per layer.
+weight through `linear` and `vector` and says `weights_loaded`; then the pool is allocated (with what memory
+is left) and `bind_pool` is called once; from then on steps run: `plan` once per step, the rest per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pdserve.core.ids import BlockId
+
+
+class Workload(Enum):
+    """What a worker will mostly run: weights may be kept in one more form for small batches."""
+
+    ANY = "any"
+    PREFILL = "prefill"
+    """Chunks of many tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +76,10 @@ class ModelOps(Protocol):
 
     def vector(self, weight: Tensor) -> Tensor:
         """A norm weight in the form that `rms_norm` wants."""
+        ...
+
+    def weights_loaded(self) -> None:
+        """Every weight has been given: whatever is chosen by measuring may be chosen now."""
         ...
 
     def bind_pool(self, pool_NL2KBD: Tensor) -> None:

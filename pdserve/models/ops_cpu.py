@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +20,8 @@ from pdserve.models.cpu_attention import (
     prefill_group,
     write_rows,
 )
-from pdserve.models.cpu_linear import Linear, make_linear
-from pdserve.models.ops import QKNorm, SliceMeta
+from pdserve.models.cpu_linear import Linear, choose_products, make_linear
+from pdserve.models.ops import QKNorm, SliceMeta, Workload
 from pdserve.models.rope import rope_table
 
 
@@ -29,17 +30,28 @@ class CpuOps:
 
     activation_dtype = torch.float32
 
-    def __init__(self, config: ModelConfig, device: torch.device, max_positions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device, max_positions: int, workload: Workload = Workload.ANY
+    ) -> None:
         if device.type != "cpu":
             raise ConfigError(f"the CPU operations were asked to run on {device}")
         self._config = config
+        self._workload = workload
+        self._unmeasured: list[Linear] = []
         self._cos_PD, self._sin_PD = rope_table(config.rope, config.head_dim, max_positions)
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
-        return make_linear(weight_OI, bias_O)
+        made = make_linear(weight_OI, bias_O, self._workload)
+        self._unmeasured.append(made)
+        return made
+
+    def weights_loaded(self) -> None:
+        choose_products(self._unmeasured)
+        self._unmeasured.clear()
 
     def vector(self, weight: Tensor) -> Tensor:
-        return weight.float() * weight.shape[-1] ** 0.5
+        scaled: Tensor = weight.float() * weight.shape[-1] ** 0.5
+        return scaled
 
     def bind_pool(self, pool_NL2KBD: Tensor) -> None:
         _, layers, _, heads, block_tokens, head_dim = pool_NL2KBD.shape
@@ -67,8 +79,7 @@ class CpuOps:
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         # x * w / sqrt(|x|^2 / E + eps), in fewer passes than torch's own; `vector` has put sqrt(E) into w.
         length_T1 = torch.linalg.vector_norm(x_TE, dim=-1, keepdim=True)
-        floor = torch.full((), (eps * weight_E.shape[-1]) ** 0.5)
-        normed: Tensor = (x_TE * weight_E).div_(torch.hypot(length_T1, floor))
+        normed: Tensor = (x_TE * weight_E).div_(length_T1.hypot_(_floor(eps, weight_E.shape[-1])))
         return normed
 
     def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
@@ -105,3 +116,9 @@ class CpuOps:
 
     def layers_done(self) -> None:
         """CPU products are finished when they return."""
+
+
+@functools.cache
+def _floor(eps: float, size: int) -> Tensor:
+    """What keeps the norm of a vector of zeros from dividing by zero."""
+    return torch.tensor((eps * size) ** 0.5)

@@ -85,6 +85,9 @@ class TritonOps:
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(device=self._device, dtype=self._dtype).contiguous()
 
+    def weights_loaded(self) -> None:
+        """Nothing is measured at start."""
+
     def bind_pool(self, pool_NL2KBD: Tensor) -> None:
         if pool_NL2KBD.dtype != self._dtype:
             raise ConfigError(f"the KV pool is {pool_NL2KBD.dtype}, the model {self._dtype}")

@@ -60,7 +60,7 @@ def load_llama(
 ) -> LlamaModel:
     """Read every weight once, in file order of layers, converted to `dtype`. Raises `CheckpointError`s."""
     loader = _Loader(config, source, ops, dtype)
-    embedding = loader.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    embedding = loader.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(device)
     layers = []
     for index in range(config.num_layers):
         progress(index / (config.num_layers + 1), f"loading layer {index + 1} of {config.num_layers}")
@@ -69,14 +69,17 @@ def load_llama(
     head = embedding
     if not config.tie_word_embeddings:
         head = loader.tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
-    return LlamaModel(
+    model = LlamaModel(
         config=config,
         ops=ops,
-        embedding_VE=embedding.to(device),
+        embedding_VE=embedding,
         layers=tuple(layers),
         final_norm_E=loader.norm("model.norm.weight", config.hidden_size),
         head=ops.linear(head, None),
     )
+    progress(0.99, "choosing matrix products")
+    ops.weights_loaded()
+    return model
 
 
 class _Loader:
