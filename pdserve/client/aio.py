@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -71,7 +71,7 @@ class AsyncClient:
         prompt_token_ids: Sequence[int] | None = None,
         messages: Messages | None = None,
         **options: Unpack[RequestOptions],
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta]:
         """The answer as it is written; raises as `generate` does, at the first step or in the middle."""
         request = build_request(prompt, prompt_token_ids, messages, options)
         return self._deltas(request)
@@ -95,7 +95,7 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _deltas(self, request: pb.GenerateRequest) -> AsyncIterator[Delta]:
+    async def _deltas(self, request: pb.GenerateRequest) -> AsyncGenerator[Delta]:
         call = self._stream(request, timeout=self._timeout_s)
         try:
             async for wire in call:

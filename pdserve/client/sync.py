@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -73,7 +73,7 @@ class Client:
         prompt_token_ids: Sequence[int] | None = None,
         messages: Messages | None = None,
         **options: Unpack[RequestOptions],
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta]:
         """The answer as it is written; raises as `generate` does, at the first `next` or in the middle."""
         request = build_request(prompt, prompt_token_ids, messages, options)
         return self._deltas(request)
@@ -97,7 +97,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _deltas(self, request: pb.GenerateRequest) -> Iterator[Delta]:
+    def _deltas(self, request: pb.GenerateRequest) -> Generator[Delta]:
         call = self._stream(request, timeout=self._timeout_s)
         try:
             for wire in call:

@@ -143,7 +143,7 @@ async def test_leaving_a_stream_frees_its_blocks_on_both_workers(tmp_path: Path)
     async with deployed(tmp_path) as system:
         decode = system.worker("decode-0")
         decode.allow(3)
-        async with contextlib.aclosing(system.client.stream(PROMPT, max_tokens=400)) as stream:  # type: ignore[type-var]
+        async with contextlib.aclosing(system.client.stream(PROMPT, max_tokens=400)) as stream:
             async for _ in stream:
                 break
         await decode.until(Cancel)
