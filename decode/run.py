@@ -53,6 +53,8 @@ class DecodeRun:
     remembered: int = 0
     """Full blocks that were offered to the prefix cache."""
     arrivals: Arrivals = field(default_factory=Arrivals)
+    settled: bool = False
+    """Its prefill worker has said that nothing more is to come."""
     reading: bool = False
     """The prompt is being read here, for the first time."""
     began: bool = False

@@ -1,30 +1,24 @@
 """What a decode worker does next: pure, no I/O and no clock of its own.
 
-StartDecode --blocks--> RECEIVING --every push landed--> RUNNING <--> PREEMPTED
-     |                     |                                |
-     | no prefill worker   | cancel, lease, lost peer,      '--> finished, failed, cancelled: blocks back
-     '--------> RUNNING    | bad hand-over
-                           '--> Quarantine --PushesSettled | last push | peer gone--> blocks back
+StartDecode --blocks--> RECEIVING (reception) --every push landed--> RUNNING (batch) <--> PREEMPTED (batch)
+     '-- no prefill worker: reads the prompt itself ------------------^  |
+                                                                         '--> finished, failed, cancelled
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
-from typing import Final, assert_never
+from typing import assert_never
 
-from decode.arrivals import NoteStats, Quarantine
+from decode.arrivals import NoteStats
 from decode.batch import Batch
+from decode.reception import Reception
 from decode.run import DecodePlan, DecodeRun, Source, Stage, Turn
 from kvtransfer.protocol import NoteArrived, PeerConnected, PeerFailed, PushEnded, TransferStopped
-from pdserve.core.codec import decode
 from pdserve.core.errors import (
-    DeadlineExceeded,
     InvalidRequest,
-    PdServeError,
     PeerLost,
-    ProtocolError,
     TransferError,
 )
 from pdserve.core.ids import AttemptId, WorkerId
@@ -42,7 +36,6 @@ from pdserve.core.messages import (
     PrefillProgress,
     PrefillStarted,
     PushesSettled,
-    PushNote,
     RefusalReason,
     Refused,
     RenewLease,
@@ -53,7 +46,7 @@ from pdserve.core.messages import (
 )
 from pdserve.core.sampling import TokenLogprobs
 from pdserve.engine.batch import Sampled, SampleFailed
-from pdserve.engine.block_pool import BlockPool, quarantined_by
+from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
 from pdserve.worker.compute import WorkResult
 from pdserve.worker.events import Action, CoordinatorLost, Event, FromCoordinator, OwnerId, Send
@@ -62,17 +55,6 @@ from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
 from pdserve.worker.urgency import decode_urgency
-
-log = logging.getLogger(__name__)
-
-GONE_PEER_GRACE_S: Final = 1.0
-"""After a peer's process ended, its last packets may still sit in this host's socket buffers."""
-
-
-class LeaseExpired(DeadlineExceeded):
-    """The reservation's own deadline, not the request's: another attempt may do better."""
-
-    retryable = True
 
 
 class DecodeScheduler:
@@ -102,18 +84,20 @@ class DecodeScheduler:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self._runs: dict[AttemptId, DecodeRun] = {}
-        self._receiving: dict[AttemptId, DecodeRun] = {}
-        self._quarantines: dict[AttemptId, Quarantine] = {}
+        self._reception = Reception(worker, self._pool, block_tokens)
         self._peers = PeerTable()
         self._order = itertools.count()
         self._plan: DecodePlan | None = None
         self._draining = False
         self._meter = StepMeter()
-        self.notes: Final = NoteStats()
 
     @property
     def num_preemptions(self) -> int:
         return self._batch.num_preemptions
+
+    @property
+    def notes(self) -> NoteStats:
+        return self._reception.notes
 
     # --- events -------------------------------------------------------------------------------------
 
@@ -124,18 +108,18 @@ class DecodeScheduler:
             case CoordinatorLost(owner):
                 for run in [run for run in self._runs.values() if run.owner == owner]:
                     self._end(run)
-                for quarantine in self._quarantines.values():
-                    if quarantine.owner == owner:
-                        quarantine.owner = None
+                self._reception.owner_lost(owner)
                 return []
             case NoteArrived():
-                return self._note(event, now)
+                return self._note(event)
             case PeerConnected():
                 self._peers.connected(event.peer, event.path)
                 return []
             case PeerFailed():
                 self._peers.forget(event.peer)
-                return self._fail_peer(event.peer, None, PeerLost(event.peer, event.error))
+                return self._fail_all(
+                    self._reception.written_by(event.peer), PeerLost(event.peer, event.error)
+                )
             case PushEnded():
                 return []  # a decode worker pushes nothing yet
             case TransferStopped():
@@ -152,12 +136,10 @@ class DecodeScheduler:
                 if run is not None and run.owner == owner:
                     self._end(run)
             case PushesSettled():
-                if self._may_settle(owner, message.attempt):
+                if self._reception.may_settle(owner, message.attempt):
                     self._settled(message.attempt)
             case RenewLease():
-                run = self._receiving.get(message.attempt)
-                if run is not None and run.owner == owner:
-                    run.lease_until = max(run.lease_until, now + message.lease_s)
+                self._reception.renew(owner, message.attempt, now + message.lease_s)
             case ConnectPeer():
                 return self._peers.connect(message)
             case DropPeer():
@@ -172,13 +154,6 @@ class DecodeScheduler:
                 pass  # what a coordinator has no business to send changes nothing
         return []
 
-    def _may_settle(self, owner: OwnerId, attempt: AttemptId) -> bool:
-        """A coordinator speaks for its own attempts, and for those whose coordinator is gone."""
-        run, quarantine = self._receiving.get(attempt), self._quarantines.get(attempt)
-        if run is not None:
-            return run.owner == owner
-        return quarantine is not None and quarantine.owner in (owner, None)
-
     # --- reservation --------------------------------------------------------------------------------
 
     def _start(self, owner: OwnerId, message: StartDecode, now: float) -> list[Action]:
@@ -186,7 +161,7 @@ class DecodeScheduler:
         known = self._runs.get(spec.attempt)
         if known is not None and known.owner == owner:
             return []  # said twice
-        if known is not None or spec.attempt in self._quarantines:
+        if known is not None or self._reception.quarantines(spec.attempt):
             return [Send(owner, attempt_failed(spec.attempt, AttemptInUse(spec.attempt)))]
         refusal = self._refusal(message)
         if refusal is not None:
@@ -203,7 +178,7 @@ class DecodeScheduler:
         if run.source is None:
             self._batch.join(run)
         else:
-            self._receiving[run.attempt] = run
+            self._reception.wait(run)
         reserved = Reserved(
             attempt=run.attempt,
             blocks=run.blocks[: blocks_for(len(spec.tokens), self._block_tokens)],
@@ -262,69 +237,23 @@ class DecodeScheduler:
         run.blocks = [*taken.cached, *taken.fresh]
         run.remembered = len(taken.cached)
         run.computed = run.remembered * size
-        if run.source is not None:
-            for block in run.blocks[blocks_for(num_tokens, size) :]:
-                self._pool.rehold(block, run.receiving, run.computing)
         return True
-
-    def _awaited_blocks(self, run: DecodeRun) -> slice:
-        """Those that a prefill worker writes, in the block table of a sequence that receives."""
-        return slice(run.remembered, blocks_for(len(run.spec.tokens), self._block_tokens))
 
     # --- arrival ------------------------------------------------------------------------------------
 
-    def _note(self, event: NoteArrived, now: float) -> list[Action]:
-        try:
-            note = decode(event.note)
-        except ProtocolError as error:
-            self.notes.malformed += 1
-            log.error("%s: a push of %s carried no note: %s", self._worker, event.peer, error)
-            return []
-        if isinstance(note, PushesSettled):
-            return self._settled_by_peer(note.attempt, event.peer)
-        if not isinstance(note, PushNote):
-            self.notes.malformed += 1
-            log.error("%s: a push of %s carried a %s", self._worker, event.peer, type(note).__name__)
-            return []
-        run = self._receiving.get(note.attempt)
-        if run is None:
-            self._late_note(note)
-            return []
-        if not run.arrivals.add(note):
-            self.notes.duplicate += 1
-            return []
-        error_found = run.arrivals.error(run.attempt, len(run.spec.tokens))
-        if error_found is not None:
-            return self._fail_run(run, error_found)
-        return self._arrived(run) if run.arrivals.complete else []
-
-    def _settled_by_peer(self, attempt: AttemptId, peer: WorkerId) -> list[Action]:
-        """A prefill worker without a coordinator says that it has given up."""
-        run = self._receiving.get(attempt)
-        lost = PeerLost(peer, f"it gave up {attempt}, its coordinator is gone")
-        actions = [] if run is None else self._fail_run(run, lost)
-        self._settled(attempt)
-        return actions
-
-    def _late_note(self, note: PushNote) -> None:
-        """Its attempt ended here, or was never here. What it wrote was in quarantine."""
-        quarantine = self._quarantines.get(note.attempt)
-        if quarantine is None:
-            self.notes.unknown += 1
-            log.warning("%s: push %d of unknown attempt %s", self._worker, note.sequence, note.attempt)
-            return
-        self.notes.late += 1
-        log.warning("%s: push %d of %s came after its end", self._worker, note.sequence, note.attempt)
-        quarantine.arrivals.add(note)
-        if quarantine.arrivals.complete:
-            self._settled(note.attempt)
+    def _note(self, event: NoteArrived) -> list[Action]:
+        match self._reception.note(event):
+            case None:
+                return []
+            case (run, None):
+                return self._arrived(run)
+            case (run, error):
+                return self._fail_run(run, error)
 
     def _arrived(self, run: DecodeRun) -> list[Action]:
         handover = run.arrivals.handover
         assert handover is not None
-        for block in run.blocks[self._awaited_blocks(run)]:
-            self._pool.rehold(block, run.receiving, run.computing)
-        del self._receiving[run.attempt]
+        self._reception.arrived(run)
         self._batch.join(run)
         run.computed = len(run.tokens)
         self._batch.remember(run)
@@ -341,61 +270,35 @@ class DecodeScheduler:
         plan, self._plan = self._plan, None
         if plan is None:
             raise error
-        return [action for turn in plan.turns for action in self._fail_run(turn.run, error)]
+        return self._fail_all([turn.run for turn in plan.turns], error)
 
     def _fail_run(self, run: DecodeRun, error: Exception) -> list[Action]:
         self._end(run)
         return [Send(run.owner, attempt_failed(run.attempt, error))]
 
+    def _fail_all(self, runs: Sequence[DecodeRun], error: Exception) -> list[Action]:
+        return [action for run in runs for action in self._fail_run(run, error)]
+
     def _end(self, run: DecodeRun) -> None:
         """Take it out. Blocks that a push may still write are set apart; the others are given back."""
         del self._runs[run.attempt]
-        if self._receiving.pop(run.attempt, None) is None:
+        if run.attempt in self._reception:
+            self._reception.abandon(run)
+        else:
             self._batch.leave(run)
-            return
-        assert run.source is not None
-        awaited = self._awaited_blocks(run)
-        blocks = run.blocks[awaited]
-        self._pool.quarantine(blocks, run.receiving)
-        self._pool.release_all(run.blocks[: awaited.start] + run.blocks[awaited.stop :], run.computing)
-        self._quarantines[run.attempt] = Quarantine(
-            attempt=run.attempt,
-            owner=run.owner,
-            blocks=blocks,
-            prefill_worker=run.source.worker,
-            peer_epoch=run.source.epoch,
-            arrivals=run.arrivals,
-        )
-        if run.arrivals.complete:
-            self._settled(run.attempt)
 
     def _settled(self, attempt: AttemptId) -> None:
-        """No write of it can land any more."""
-        run = self._receiving.get(attempt)
-        if run is not None:
-            self._end(run)
-        quarantine = self._quarantines.pop(attempt, None)
-        if quarantine is not None:
-            self._pool.release_all(quarantine.blocks, quarantined_by(attempt))
+        """No write of it can land any more: it will not be whole if it is not."""
+        if attempt in self._reception:
+            self._end(self._runs[attempt])
+        self._reception.settle(attempt)
 
     def _drop_peer(self, message: DropPeer, now: float) -> list[Action]:
         actions = self._peers.drop(message.peer, message.epoch)
         lost = PeerLost(message.peer, "its process is gone")
-        actions += self._fail_peer(message.peer, message.epoch, lost)
-        for quarantine in self._quarantines.values():
-            if quarantine.prefill_worker == message.peer and quarantine.peer_epoch <= message.epoch:
-                quarantine.release_at = now + GONE_PEER_GRACE_S
+        actions += self._fail_all(self._reception.written_by(message.peer, message.epoch), lost)
+        self._reception.writer_gone(message.peer, message.epoch, now)
         return actions
-
-    def _fail_peer(self, peer: WorkerId, up_to_epoch: int | None, error: PdServeError) -> list[Action]:
-        hit = [
-            run
-            for run in self._receiving.values()
-            if run.source is not None
-            and run.source.worker == peer
-            and (up_to_epoch is None or run.source.epoch <= up_to_epoch)
-        ]
-        return [action for run in hit for action in self._fail_run(run, error)]
 
     # --- steps --------------------------------------------------------------------------------------
 
@@ -477,20 +380,13 @@ class DecodeScheduler:
     def sweep(self, now: float) -> list[Action]:
         """Leases and graces that ran out; conservation of blocks."""
         actions: list[Action] = []
-        for run in [run for run in self._receiving.values() if run.lease_until <= now]:
-            source = run.source.worker if run.source is not None else "?"
-            message = f"attempt {run.attempt}: no KV from {source} within its lease"
-            actions += self._fail_run(run, LeaseExpired(message))
-        for quarantine in list(self._quarantines.values()):
-            if quarantine.release_at is not None and quarantine.release_at <= now:
-                self._settled(quarantine.attempt)
+        for run, error in self._reception.expired(now):
+            actions += self._fail_run(run, error)
         self._pool.check()
         return actions
 
     def next_wake(self) -> float | None:
-        times = [run.lease_until for run in self._receiving.values()]
-        times += [q.release_at for q in self._quarantines.values() if q.release_at is not None]
-        return min(times, default=None)
+        return self._reception.next_wake()
 
     def audit(self) -> None:
         self._pool.audit()
@@ -500,7 +396,7 @@ class DecodeScheduler:
             worker=self._worker,
             epoch=self._epoch,
             blocks=self._pool.counts(),
-            waiting=len(self._receiving) + self._batch.num_preempted,
+            waiting=len(self._reception) + self._batch.num_preempted,
             running=self._batch.num_running,
             waiting_tokens=self._batch.context_tokens,
             step_s=self._meter.step_s,
