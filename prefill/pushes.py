@@ -38,22 +38,20 @@ class PushBook:
     bytes_planned: int = 0
     bytes_moved: int = 0
     busy_s: float = 0.0
+    """Summed over pushes, as the transfer thread measured them: this thread hears of ends between steps."""
     last_end: float | None = None
     error: str | None = None
     """Of the first push that did not complete."""
     _live: dict[int, Push] = field(default_factory=dict)
     _pushes_of: dict[BlockId, int] = field(default_factory=dict)
     _quarantined: set[BlockId] = field(default_factory=set)
-    _busy_since: float = 0.0
 
     @property
     def settled(self) -> bool:
         """Every push so far is terminal."""
         return not self._live
 
-    def submitted(self, push: Push, size_bytes: int, now: float) -> None:
-        if not self._live:
-            self._busy_since = now
+    def submitted(self, push: Push, size_bytes: int) -> None:
         self._live[push.id] = push
         self.num_submitted += 1
         self.bytes_planned += size_bytes
@@ -76,10 +74,10 @@ class PushBook:
             return
         del self._live[event.id]
         self.bytes_moved += event.bytes_moved
+        self.busy_s += event.seconds
         for block in push.src_blocks:
             self._give_back(block)
         if not self._live:
-            self.busy_s += now - self._busy_since
             self.last_end = now
 
     @property

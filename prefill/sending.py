@@ -113,6 +113,6 @@ class PushMaker:
             note=encode(note),
             deadline=now + run.request.transfer_deadline_s,
         )
-        run.pushes.submitted(push, self._size_bytes(blocks, layers), now)
+        run.pushes.submitted(push, self._size_bytes(blocks, layers))
         self._of[push.id] = run
         return SubmitPush(push)

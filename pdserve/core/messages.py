@@ -224,7 +224,7 @@ class TransferDone:
     exposed_s: float
     """From the end of prefill compute to the last push's completion."""
     busy_s: float
-    """Time during which at least one push of this attempt was under way."""
+    """Time its pushes took, summed, as the transfer thread measured it."""
     path: str
     """cuda_ipc, rdma, shm, tcp, local or fake; what was really chosen."""
 

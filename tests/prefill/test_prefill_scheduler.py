@@ -129,7 +129,11 @@ class Bench:
         pushes, self.pushes = self.pushes, []
         for push in pushes:
             moved = len(push.src_blocks) * (push.layers[1] - push.layers[0]) * LAYOUT.layer_bytes
-            self.do(self.scheduler.handle(PushEnded(id=push.id, outcome=outcome, bytes_moved=moved), now))
+            self.do(
+                self.scheduler.handle(
+                    PushEnded(id=push.id, outcome=outcome, bytes_moved=moved, seconds=0.125), now
+                )
+            )
 
     def said(self, kind: type) -> list[Message]:
         return [message for message in self.sent if isinstance(message, kind)]

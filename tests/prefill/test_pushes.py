@@ -26,8 +26,8 @@ def push(push_id: int, *blocks: BlockId) -> Push:
     )
 
 
-def ended(push_id: int, outcome: Outcome = Outcome.COMPLETED) -> PushEnded:
-    return PushEnded(id=push_id, outcome=outcome, bytes_moved=10)
+def ended(push_id: int, outcome: Outcome = Outcome.COMPLETED, seconds: float = 0.0) -> PushEnded:
+    return PushEnded(id=push_id, outcome=outcome, bytes_moved=10, seconds=seconds)
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def pool() -> BlockPool:
 def test_a_block_is_held_until_the_last_push_that_reads_it_ends(pool: BlockPool) -> None:
     first, second = pool.allocate(2, COMPUTE)
     book = PushBook(pool, ATTEMPT)
-    book.submitted(push(0, first), 10, 1.0)
-    book.submitted(push(1, first, second), 20, 2.0)
+    book.submitted(push(0, first), 10)
+    book.submitted(push(1, first, second), 20)
     pool.release_all([first, second], COMPUTE)
     book.ended(ended(0), 3.0)
     assert pool.state(first) is BlockState.HELD
@@ -50,23 +50,23 @@ def test_a_block_is_held_until_the_last_push_that_reads_it_ends(pool: BlockPool)
     assert book.last_end == 5.0
 
 
-def test_busy_time_is_the_union_of_overlapping_pushes(pool: BlockPool) -> None:
+def test_busy_time_is_what_the_transfer_thread_measured_not_when_it_was_heard(pool: BlockPool) -> None:
     (block,) = pool.allocate(1, COMPUTE)
     book = PushBook(pool, ATTEMPT)
-    book.submitted(push(0, block), 1, 0.0)
-    book.submitted(push(1, block), 1, 1.0)
-    book.ended(ended(0), 2.0)
-    book.ended(ended(1), 3.0)
-    book.submitted(push(2, block), 1, 10.0)
-    book.ended(ended(2), 11.0)
-    assert book.busy_s == 4.0
+    book.submitted(push(0, block), 1)
+    book.submitted(push(1, block), 1)
+    book.ended(ended(0, seconds=0.25), 2.0)
+    book.ended(ended(1, seconds=0.5), 2.0)
+    book.submitted(push(2, block), 1)
+    book.ended(ended(2, seconds=1.0), 21.0)
+    assert book.busy_s == 1.75
 
 
 def test_a_push_past_its_deadline_quarantines_its_blocks_until_it_is_terminal(pool: BlockPool) -> None:
     first, second = pool.allocate(2, COMPUTE)
     book = PushBook(pool, ATTEMPT)
-    book.submitted(push(0, first), 1, 0.0)
-    book.submitted(push(1, first, second), 1, 0.0)
+    book.submitted(push(0, first), 1)
+    book.submitted(push(1, first, second), 1)
     pool.release_all([first, second], COMPUTE)
     book.ended(ended(0, Outcome.TIMED_OUT), 1.0)
     assert book.error is not None
