@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from pdserve.core.config import ServeConfig
-from tests.support.deployment import RunningDeployment, make_tiny_checkpoint
+from tests.support.whole_cluster import RunningDeployment, make_tiny_checkpoint
 
 
 def config_of(path: Path, /, **sections: dict[str, Any]) -> ServeConfig:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.e2e.conftest import config_of
 from tests.e2e.test_disaggregated import prompt_of
-from tests.support.deployment import RunningDeployment, greedy
+from tests.support.whole_cluster import RunningDeployment, greedy
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pdserve.client import AsyncClient
 from pdserve.core.errors import InvalidRequest, ModelNotFound, Overloaded, PdServeError, PromptTooLong
 from pdserve.core.messages import FinishReason
-from tests.support.deployment import RunningDeployment, greedy
+from tests.support.whole_cluster import RunningDeployment, greedy
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("conserved")]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pdserve.core.errors import PdServeError
 from pdserve.core.lifecycle import Phase
 from tests.e2e.test_disaggregated import prompt_of
-from tests.support.deployment import RunningDeployment, greedy
+from tests.support.whole_cluster import RunningDeployment, greedy
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("conserved")]
 

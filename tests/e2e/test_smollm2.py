@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from pdserve.models.store import DEFAULT_MODEL, resolve
 from tests.e2e.conftest import config_of
-from tests.support.deployment import RunningDeployment, greedy
+from tests.support.whole_cluster import RunningDeployment, greedy
 
 pytestmark = [pytest.mark.ray, pytest.mark.network_package]
 
