@@ -230,6 +230,20 @@ by the tests in `tests/kernels` under Triton's interpreter, in float32 and float
 that only hardware shows (races, alignment, speed), is left to the same tests on a GPU: `pytest -m gpu
 tests/kernels`. The launch configurations in `pdkernels/tuning.py` are starting points, not measured.
 
+| op | module | what it does |
+|---|---|---|
+| rms_norm, add_rms_norm | `norm` | RMSNorm of rows or heads; fused with the residual addition |
+| silu_mul | `activation` | SwiGLU's elementwise half |
+| rope_and_write | `rope` | norm per head (optional), rotation, and the write into KV blocks, one pass |
+| prefill_attention | `prefill_attention` | causal, ragged, chunked, over KV blocks; window, soft cap |
+| decode_attention | `decode_attention` | one token per sequence, KV split by plan, joined by log-sum-exp |
+| gather_blocks, scatter_blocks | `blocks` | pack and unpack KV blocks, by layers and heads |
+| adjust_logits, sample | `sampling` | penalties; temperature, min-p, top-k, top-p without a sort; the draw |
+
+Each op's reference is the module of the same name in `pdkernels/reference` (both attentions: `attention`).
+Attention work is cut on the host, once per step, by `pdkernels/plan.py`. The split of a sequence follows from
+the lengths of the whole batch, so the last bits of a result may change with the batch.
+
 Shared memory limits: {limits}. "read B" is how much a thread reads of global memory at once (of most
 asynchronous copies, or else of the widest load); 16 is the most there is.
 

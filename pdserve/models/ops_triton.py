@@ -114,15 +114,23 @@ class TritonOps:
         )
 
     def _token_arrays(self, slices: Sequence[SliceMeta]) -> dict[str, Ints]:
-        """Position and pool slot of every row."""
+        """Position and pool slot of every row. Only blocks that get a token are looked at."""
         size = self._block_tokens
-        positions, slots = [], []
-        for meta in slices:
-            position = np.arange(meta.start, meta.start + meta.length, dtype=np.int32)
-            blocks = np.asarray(meta.blocks[meta.start // size : (meta.start + meta.length - 1) // size + 1])
-            positions.append(position)
-            slots.append(blocks[position // size - meta.start // size] * size + position % size)
-        return {"positions": np.concatenate(positions), "slots": np.concatenate(slots).astype(np.int32)}
+        start_Q = np.array([meta.start for meta in slices])
+        length_Q = np.array([meta.length for meta in slices])
+        first_Q = start_Q // size
+        count_Q = (start_Q + length_Q - 1) // size + 1 - first_Q
+        blocks = [
+            block
+            for meta, first, count in zip(slices, first_Q.tolist(), count_Q.tolist(), strict=True)
+            for block in meta.blocks[first : first + count]
+        ]
+        seq_T = np.repeat(np.arange(len(slices)), length_Q)
+        position_T = np.arange(len(seq_T)) + (start_Q - (np.cumsum(length_Q) - length_Q))[seq_T]
+        # Where the sequence's block 0 would be in the list of touched blocks.
+        origin_Q = np.cumsum(count_Q) - count_Q - first_Q
+        slot_T = np.array(blocks)[origin_Q[seq_T] + position_T // size] * size + position_T % size
+        return {"positions": position_T.astype(np.int32), "slots": slot_T.astype(np.int32)}
 
     def _decode_arrays(self, slices: list[SliceMeta]) -> dict[str, Ints]:
         context_Q = np.array([meta.start + 1 for meta in slices], dtype=np.int32)

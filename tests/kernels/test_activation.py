@@ -9,7 +9,7 @@ from pdkernels.reference import activation as reference
 
 from tests.support.kernels import assert_close
 
-activation = pytest.importorskip("pdkernels.activation")
+activation = pytest.importorskip("pdkernels.activation", exc_type=ImportError)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(0, 4), (4, 0), (1, 1), (3, 1536), (9, 1025)])

@@ -9,7 +9,7 @@ from pdkernels.reference import blocks as reference
 
 from tests.support.kernels import int32_bits
 
-blocks = pytest.importorskip("pdkernels.blocks")
+blocks = pytest.importorskip("pdkernels.blocks", exc_type=ImportError)
 
 SHAPES = [
     ((5, 3, 2, 4, 8, 16), range(3), range(4)),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.support.kernels import Batch, assert_close, paged_batch
 
-decode = pytest.importorskip("pdkernels.decode_attention")
+decode = pytest.importorskip("pdkernels.decode_attention", exc_type=ImportError)
 
 
 def work_of(batch: Batch, *, tile: int, programs: int, window: int | None = None) -> decode.DecodeWork:
@@ -47,6 +47,7 @@ def work_of(batch: Batch, *, tile: int, programs: int, window: int | None = None
         (2, 2, 16, 8, [17, 5, 90], 16),
         (32, 1, 32, 64, [40], 1),  # more heads than the smallest tile
         (4, 2, 256, 32, [33, 70], 8),
+        (2, 1, 16, 64, [1500], 26),  # more parts than the reduction reads at once
     ],
 )
 def test_decode_attention_is_the_reference(

@@ -9,7 +9,7 @@ from pdkernels.reference import norm as reference
 
 from tests.support.kernels import assert_close
 
-norm = pytest.importorskip("pdkernels.norm")
+norm = pytest.importorskip("pdkernels.norm", exc_type=ImportError)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(0, 8), (1, 1), (3, 576), (5, 2048), (33, 17), (2, 4100)])

@@ -17,7 +17,7 @@ from pdserve.models.ops import ModelOps, SliceMeta
 from pdserve.models.ops_cpu import CpuOps
 from pdserve.models.weights import DummySource, load_llama
 
-ops_triton = pytest.importorskip("pdserve.models.ops_triton")
+ops_triton = pytest.importorskip("pdserve.models.ops_triton", exc_type=ImportError)
 
 PLAIN = ModelConfig(
     architecture="LlamaForCausalLM",

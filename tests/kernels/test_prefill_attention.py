@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.support.kernels import assert_close, scattered_blocks, tables_tensor
 
-prefill = pytest.importorskip("pdkernels.prefill_attention")
+prefill = pytest.importorskip("pdkernels.prefill_attention", exc_type=ImportError)
 
 Slices = list[tuple[int, int]]
 """(start, length) of each sequence."""

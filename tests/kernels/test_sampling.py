@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pdserve.engine.philox import uniform
 
-sampling = pytest.importorskip("pdkernels.sampling")
+sampling = pytest.importorskip("pdkernels.sampling", exc_type=ImportError)
 
 Row = tuple[float, int, float, float, int, int]
 """temperature, top_k, top_p, min_p, seed, position."""
