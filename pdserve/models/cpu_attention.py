@@ -25,6 +25,8 @@ TILE_SCORES: Final = 2**19
 """Scores (float32) of one product; more would leave the cache."""
 GROUP_COST_BYTES: Final = 300_000
 """What a further batch of decode rows costs, as KV bytes read in that time."""
+GROUP_KEY_BYTES: Final = 4 * 2**20
+"""Float32 keys of one batch of decode rows: they stay in the cache, and malloc does not go to the kernel."""
 BFLOAT16_CONTEXT: Final = 1024
 """From this many context tokens in a batch, values are multiplied as bfloat16; below, set-up costs more."""
 
@@ -131,16 +133,18 @@ def decode_groups(
     """Batches of decode rows, longest contexts first, each cut where padding would cost more than a batch."""
     members = [(meta, *context_bounds(meta, geometry.block_tokens, window)) for meta in slices]
     members.sort(key=lambda m: m[1] - m[2])
-    head_bytes = 2 * geometry.num_kv_heads * geometry.block_tokens * geometry.head_dim * geometry.itemsize
-    budget = GROUP_COST_BYTES // head_bytes
+    block_bytes = 2 * geometry.num_kv_heads * geometry.block_tokens * geometry.head_dim * geometry.itemsize
+    budget = GROUP_COST_BYTES // block_bytes
+    key_bytes = 4 * geometry.num_kv_heads * geometry.block_tokens * geometry.head_dim
     groups: list[list[tuple[SliceMeta, int, int]]] = []
-    padding = 0
+    longest = padding = 0
     for member in members:
         blocks = member[2] - member[1]
-        padding += 0 if not groups else groups[-1][0][2] - groups[-1][0][1] - blocks
-        if not groups or padding > budget:
+        padding += longest - blocks
+        full = groups and (len(groups[-1]) + 1) * longest * key_bytes > GROUP_KEY_BYTES
+        if not groups or padding > budget or full:
             groups.append([])
-            padding = 0
+            longest, padding = blocks, 0
         groups[-1].append(member)
     return tuple(_decode_group(group, geometry, window) for group in groups)
 
