@@ -22,7 +22,7 @@ def device(request: pytest.FixtureRequest) -> str:
     """The device of a kernel test; skips what this process cannot run."""
     if request.param == "interpreter":
         if not INTERPRETED:
-            pytest.skip("needs TRITON_INTERPRET=1 in the environment (make test-kernels)")
+            pytest.skip("needs TRITON_INTERPRET=1 in the environment; `make test` sets it")
         return "cpu"
     if INTERPRETED or not torch.cuda.is_available():
         pytest.skip("needs a CUDA device and no TRITON_INTERPRET")
