@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from pdkernels._triton import jit, tl
-
-LOG2E: Final = 1.4426950408889634
 
 
 @jit
@@ -33,7 +29,7 @@ def kv_offsets(
 
 @jit
 def scaled_scores(s: tl.tensor, scale: tl.tensor, SOFT_CAP: tl.constexpr) -> tl.tensor:
-    """Scores in units of log2, after scale and soft cap: cap * tanh(s / cap) (Gemma 2)."""
+    """Scores in units of log2 (1.4427 is log2 e), after scale and soft cap: cap * tanh(s / cap) (Gemma 2)."""
     if SOFT_CAP > 0.0:
         # tanh(x) = 1 - 2 / (e^2x + 1); e^2x may become inf, which is the right limit.
         s = s * (scale / SOFT_CAP)
