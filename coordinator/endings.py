@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from coordinator.book import Book
 from coordinator.events import Action, End, Send
 from coordinator.flight import Attempt, Flight
-from pdserve.core.errors import PdServeError, RequestCancelled
+from pdserve.core.errors import ErrorCode, PdServeError, RequestCancelled
 from pdserve.core.ids import WorkerId
 from pdserve.core.lifecycle import Phase
-from pdserve.core.messages import Cancel, FinishReason, PushesSettled
+from pdserve.core.messages import Cancel, ConnectPeer, FinishReason, PushesSettled, WorkerInfo
 
 
 def finish(
@@ -45,21 +47,48 @@ def attempt_failed(
     *,
     retryable: bool,
     reporter: WorkerId | None,
+    blame: Iterable[WorkerId | None],
 ) -> list[Action]:
-    """A new attempt that starts with the tokens streamed so far, or the end of the request."""
+    """A new attempt that starts with the tokens streamed so far, or the end of the request.
+
+    `blame`: workers that the next attempt stays away from if it can.
+    """
     if flight.ending is not None:
         return finish(book, flight, flight.ending, now, reporter=reporter)
+    attempt = flight.attempt
     actions = withdraw(book, flight, str(error), reporter)
+    if attempt is not None and error.code is ErrorCode.UNAVAILABLE:
+        actions += _introduce_again(book, attempt)
     if not retryable or flight.attempts >= book.settings.max_attempts:
         return actions + end(book, flight, Phase.FAILED, error, now)
-    if reporter is not None:
-        flight.failed_on.add(reporter)
+    flight.failed_on.update(worker for worker in blame if worker is not None)
     release_followers(book, flight)
     flight.attempt = None
     flight.record.attempt += 1
     flight.record.move_to(Phase.QUEUED, now=now)
     book.enqueue(flight)
     return actions
+
+
+def _introduce_again(book: Book, attempt: Attempt) -> list[Action]:
+    """A worker forgets a peer that its transport gave up; if both still live, they shall meet again."""
+    prefill, decode = book.fleet.up(attempt.prefill), book.fleet.up(attempt.decode)
+    if prefill is None or decode is None:
+        return []
+    return introductions(prefill.info, decode.info)
+
+
+def introductions(one: WorkerInfo, other: WorkerInfo) -> list[Action]:
+    """Each is told of the other; who knows the other's process already takes no notice."""
+    return [
+        Send(
+            worker=to.worker,
+            message=ConnectPeer(
+                peer=of.worker, epoch=of.epoch, fingerprint=of.fingerprint, metadata=of.transfer_metadata
+            ),
+        )
+        for to, of in ((one, other), (other, one))
+    ]
 
 
 def withdraw(book: Book, flight: Flight, why: str, reporter: WorkerId | None) -> list[Action]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Final
 
 from pdserve.core.ids import AttemptId, WorkerId
@@ -15,16 +14,6 @@ ASSUMED_TOKENS_PER_S: Final = 1000.0
 """Prefill speed of a worker that has not told its own yet; only ratios between workers matter."""
 
 
-class Gate(Enum):
-    """Whether a decode worker is offered requests. After a refusal it is tried with one at a time."""
-
-    OPEN = "open"
-    FULL = "full"
-    """Refused for want of room; nothing has been heard of it since."""
-    PROBE = "probe"
-    """Room may have appeared: one request may be on trial."""
-
-
 @dataclass(slots=True, kw_only=True)
 class WorkerState:
     info: WorkerInfo
@@ -33,7 +22,11 @@ class WorkerState:
     draining: bool = False
     up: bool = True
     """False: silent or disconnected, though its process may live."""
-    gate: Gate = Gate.OPEN
+    full: bool = False
+    """Refused for want of room, and nothing has been heard since that may have made some."""
+    window: int = field(init=False)
+    """How many offers may wait for an answer: as many as it runs at once; after a refusal one, and one more
+    for each that is taken."""
     unanswered: set[AttemptId] = field(default_factory=set)
     """Offered with `StartDecode`, neither reserved nor refused yet."""
     blocks_placed: dict[AttemptId, int] = field(default_factory=dict)
@@ -47,10 +40,19 @@ class WorkerState:
     def id(self) -> WorkerId:
         return self.info.worker
 
+    def __post_init__(self) -> None:
+        self.window = self.info.max_num_seqs
+
     def takes_decode(self) -> bool:
-        if not self.up or self.draining or self.gate is Gate.FULL:
-            return False
-        return self.gate is Gate.OPEN or not self.unanswered
+        return self.up and not self.draining and not self.full and len(self.unanswered) < self.window
+
+    def reserved(self, attempt: AttemptId) -> None:
+        self.unanswered.discard(attempt)
+        self.window += 1
+
+    def refused(self) -> None:
+        """It has no room: ask again when there may be some, and carefully."""
+        self.full, self.window = True, 1
 
     def place_decode(self, attempt: AttemptId, tokens: int) -> None:
         blocks = blocks_for(tokens + 1, self.info.block_tokens)
@@ -83,8 +85,13 @@ class WorkerState:
             self.room_may_have_appeared()
 
     def room_may_have_appeared(self) -> None:
-        if self.gate is Gate.FULL:
-            self.gate = Gate.PROBE
+        self.full = False
+
+    @property
+    def idle(self) -> bool:
+        """As far as is known, all of its blocks are there to be had."""
+        counts = None if self.heartbeat is None else self.heartbeat.blocks
+        return counts is not None and counts.free + counts.cached == counts.total and not self.blocks_placed
 
     def heard(self, beat: Heartbeat) -> None:
         self.heartbeat = beat

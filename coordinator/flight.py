@@ -49,6 +49,7 @@ class Flight:
     """None: waiting for a placement."""
     output: list[int] = field(default_factory=list)
     failed_on: set[WorkerId] = field(default_factory=set)
+    idle_refusals: int = 0
     prompt_logprobs_sent: bool = False
     first_token_at: float | None = None
     last_token_at: float | None = None

@@ -39,6 +39,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._tenant, self._priority = Bounded(), Bounded()
+        self._itl_of: dict[str, Histogram] = {}
         by_model = ["model"]
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -84,7 +85,9 @@ class Metrics:
 
     def gap(self, model: str, gap_s: float, tokens: int) -> None:
         """`tokens` came together, `gap_s` after the output before them: each counts for its share."""
-        itl = self.itl.labels(model)
+        itl = self._itl_of.get(model)
+        if itl is None:
+            itl = self._itl_of[model] = self.itl.labels(model)
         for _ in range(tokens):
             itl.observe(gap_s / tokens)
 

@@ -6,7 +6,7 @@ from coordinator import endings
 from coordinator.book import Book
 from coordinator.events import Action, NewRequest, Send
 from coordinator.failures import refusal_of
-from coordinator.fleet import Gate, WorkerState
+from coordinator.fleet import WorkerState
 from coordinator.flight import Attempt, Flight
 from pdserve.core.errors import BlockPoolExhausted, DeadlineExceeded, InvalidRequest, Overloaded, PdServeError
 from pdserve.core.layout import blocks_for
@@ -36,15 +36,16 @@ def _largest_decoder(book: Book, model: str) -> WorkerState | None:
 
 
 def _will_never_fit(book: Book, flight: Flight, decode: WorkerState) -> bool:
-    """Refused for want of blocks by the largest worker, which had all of them to give."""
+    """Refused for want of blocks by the largest worker, with all of its blocks there to be had.
+
+    Twice, since what is known of a worker's blocks is as old as its last heartbeat.
+    """
     largest = _largest_decoder(book, flight.request.model)
     if largest is None or decode.info.num_blocks < largest.info.num_blocks:
         return False
-    if blocks_for(flight.num_tokens + 1, decode.info.block_tokens) > decode.info.num_blocks:
-        return True
-    beat = decode.heartbeat
-    idle = beat is not None and beat.blocks.free + beat.blocks.cached == beat.blocks.total
-    return idle and not decode.blocks_placed
+    flight.idle_refusals += decode.idle
+    wanted = blocks_for(flight.num_tokens + 1, decode.info.block_tokens)
+    return wanted > decode.info.num_blocks or flight.idle_refusals >= 2
 
 
 def place_waiting(book: Book, now: float) -> list[Action]:
@@ -83,8 +84,7 @@ def reserved(book: Book, flight: Flight, attempt: Attempt, message: Reserved, no
     decode = book.fleet.up(attempt.decode)
     if flight.record.phase is not Phase.ADMITTED or decode is None:
         return []
-    decode.unanswered.discard(attempt.id)
-    decode.gate = Gate.OPEN
+    decode.reserved(attempt.id)
     attempt.cached_tokens = message.cached_tokens
     flight.record.move_to(Phase.PREFILLING, now=now)
     if attempt.prefill is None:
@@ -110,7 +110,7 @@ def refused(book: Book, flight: Flight, attempt: Attempt, message: Refused, now:
     error = refusal_of(message, flight.num_tokens, decode.info)
     if message.reason is RefusalReason.UNKNOWN_PEER:
         return endings.attempt_failed(
-            book, flight, error, now, retryable=error.retryable, reporter=attempt.decode
+            book, flight, error, now, retryable=True, reporter=attempt.decode, blame=(attempt.prefill,)
         )
     book.release(attempt)
     no_blocks = message.reason is RefusalReason.NO_BLOCKS
@@ -119,7 +119,7 @@ def refused(book: Book, flight: Flight, attempt: Attempt, message: Refused, now:
     if message.reason is RefusalReason.DRAINING:
         decode.draining = True
     else:
-        decode.gate = Gate.FULL
+        decode.refused()
     flight.attempt = None
     flight.record.move_to(Phase.QUEUED, now=now)
     book.enqueue(flight)

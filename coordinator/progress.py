@@ -82,7 +82,9 @@ def tokens(book: Book, flight: Flight, attempt: Attempt, message: Tokens, now: f
     if message.first_index > len(flight.output):
         missing = f"tokens {len(flight.output)} to {message.first_index - 1} never came"
         error = InvariantViolated(f"attempt {attempt.id}: {missing}")
-        return endings.attempt_failed(book, flight, error, now, retryable=True, reporter=None)
+        return endings.attempt_failed(
+            book, flight, error, now, retryable=True, reporter=None, blame=(attempt.decode,)
+        )
     if not attempt.kv_arrived:
         kv_arrived(book, flight, attempt, now)
     actions = _output(flight, message.first_index, message.tokens, message.logprobs, now)

@@ -42,7 +42,6 @@ from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.lifecycle import Phase, RequestRecord
 from pdserve.core.messages import (
     AttemptFailed,
-    ConnectPeer,
     DropPeer,
     Heartbeat,
     Hello,
@@ -213,9 +212,16 @@ class Registry:
             case TransferDone() if worker == attempt.prefill:
                 attempt.transfer = message
             case AttemptFailed() if by_decode or (by_reader and not attempt.kv_arrived):
-                error = failure_of(message, worker)
+                # While its KV is awaited, either side or what is between them may be at fault.
+                blame = (worker,) if attempt.kv_arrived else (attempt.decode, attempt.prefill)
                 return endings.attempt_failed(
-                    self._book, flight, error, now, retryable=message.retryable, reporter=worker
+                    self._book,
+                    flight,
+                    failure_of(message, worker),
+                    now,
+                    retryable=message.retryable,
+                    reporter=worker,
+                    blame=blame,
                 )
             case _:
                 pass
@@ -236,8 +242,9 @@ class Registry:
         if info.role is Role.DECODE:
             self._book.no_decode_since.pop(event.model, None)
         for peer in self._peers_of(state):
-            actions.append(Send(worker=peer.id, message=_introduction(info)))
-            actions.append(Send(worker=info.worker, message=_introduction(peer.info)))
+            actions += endings.introductions(info, peer.info)
+        for flight in self._book.flights.values():
+            flight.failed_on.discard(info.worker)  # that was another process
         return actions
 
     def _peers_of(self, state: WorkerState) -> list[WorkerState]:
@@ -260,7 +267,7 @@ class Registry:
             reads = worker == attempt.prefill and not attempt.kv_arrived
             if reads or worker == attempt.decode:
                 actions += endings.attempt_failed(
-                    self._book, flight, error, now, retryable=True, reporter=worker
+                    self._book, flight, error, now, retryable=True, reporter=worker, blame=(worker,)
                 )
         return actions
 
@@ -296,9 +303,3 @@ class Registry:
                     absent = NoWorkers(Role.DECODE, model)
                     actions += endings.fail(self._book, self._book.flights[request], absent, now)
         return actions
-
-
-def _introduction(info: WorkerInfo) -> ConnectPeer:
-    return ConnectPeer(
-        peer=info.worker, epoch=info.epoch, fingerprint=info.fingerprint, metadata=info.transfer_metadata
-    )

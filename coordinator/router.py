@@ -42,12 +42,13 @@ class Router:
         """Workers for a prompt of `tokens`, or None while no decode worker takes requests.
 
         `prefer`: where the first sample of the same prompt went, taken again while possible. `avoid`: workers
-        that failed this request before, taken only when there is no other.
+        that failed this request before: of decode workers, taken only when there is no other; of prefill
+        workers never, as the decode worker can read the prompt itself.
         """
         decoders = [w for w in fleet.of(model, Role.DECODE) if w.takes_decode()]
         if not decoders:
             return None
-        readers = [w for w in fleet.of(model, Role.PREFILL) if not w.draining]
+        readers = [w for w in fleet.of(model, Role.PREFILL) if not w.draining and w.id not in avoid]
         decode = self._choose(
             (model, Role.DECODE),
             decoders,

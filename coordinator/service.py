@@ -180,6 +180,7 @@ def _listen(
             ("grpc.max_receive_message_length", settings.max_message_mib * _MIB),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a coin toss
+            ("grpc.http2.bdp_probe", 0),  # pings that pay only for large messages
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ]

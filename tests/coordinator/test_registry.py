@@ -240,12 +240,60 @@ def test_a_request_that_waited_for_workers_which_are_too_small_is_refused_when_t
 def test_a_request_an_idle_worker_has_no_room_for_is_refused_rather_than_kept_waiting(world: World) -> None:
     worker = world.workers[D]
     assert isinstance(worker, ModelDecode)
+    worker.refuse_next = 2
     world.beat(D)
     world.flush()
-    worker.refuse_next = 1
     world.submit(new_request())
     world.flush()
+    assert not world.ends  # what is known of its blocks may be out of date
+    world.beat(D)
+    world.flush()
     assert world.outcome("r") == "BlockPoolExhausted"
+
+
+def test_a_crowd_is_not_offered_all_at_once_after_a_refusal() -> None:
+    world = World()
+    world.join("decode-0", Role.DECODE, max_num_seqs=4)
+    for index in range(20):
+        world.submit(new_request(f"r{index}", max_tokens=50))
+    assert len(sent(world, StartDecode)) == 4
+    world.flush()
+    assert world.registry.num_waiting == 16
+    world.sent.clear()
+    for _ in range(10):
+        world.beat(D)
+        world.flush()
+    assert len(sent(world, StartDecode)) == 10
+    world.run()
+    assert set(map(world.outcome, world.requests)) == {"length"}
+
+
+def introduced(world: World) -> set[tuple[WorkerId, WorkerId]]:
+    return {(s.worker, s.message.peer) for s in sent(world, ConnectPeer)}  # type: ignore[union-attr]
+
+
+def test_after_a_failed_transfer_the_decode_worker_reads_the_prompt_and_the_pair_meets_again(
+    world: World,
+) -> None:
+    attempt = up_to_prefill(world)
+    world.sent.clear()
+    hear(world, P, AttemptFailed(attempt=attempt, code="UNAVAILABLE", message="cable", retryable=True))
+    assert introduced(world) == {(P, D), (D, P)}
+    start = sent(world, StartDecode)[0].message
+    assert isinstance(start, StartDecode)
+    assert start.prefill_worker is None
+    world.run()
+    assert world.outcome("r") == "length"
+    world.submit(new_request("next"))
+    assert sent(world, StartDecode)[-1].message.prefill_worker == P  # type: ignore[union-attr]
+
+
+def test_a_decode_worker_that_forgot_its_peer_meets_it_again(world: World) -> None:
+    world.submit(new_request())
+    world.sent.clear()
+    attempt = AttemptId(RequestId("r"), 0)
+    hear(world, D, Refused(attempt=attempt, reason=RefusalReason.UNKNOWN_PEER, detail="prefill-0"))
+    assert introduced(world) == {(P, D), (D, P)}
 
 
 def test_a_full_queue_refuses_with_a_hint_when_to_come_back() -> None:
@@ -333,14 +381,17 @@ def test_a_retry_carries_on_from_the_tokens_that_were_streamed(world: World) -> 
 
 
 def test_a_request_that_keeps_failing_ends_with_the_error(world: World) -> None:
+    decode = world.workers[D]
+    assert isinstance(decode, ModelDecode)
     world.submit(new_request())
     for epoch in range(SETTINGS.max_attempts):
+        world.deliver_down(D)
         world.flush()
-        attempt = AttemptId(RequestId("r"), epoch)
-        hear(world, P, AttemptFailed(attempt=attempt, code="UNAVAILABLE", message="cable", retryable=True))
+        world.up[D] += decode.fail(AttemptId(RequestId("r"), epoch))
+        world.deliver_up(D)
     error = world.ends[RequestId("r")].outcome
     assert isinstance(error, TransferError)
-    assert "prefill-0: cable" in str(error)
+    assert "decode-0: cable" in str(error)
     world.run()
     world.assert_at_rest()
 

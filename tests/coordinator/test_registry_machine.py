@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pdserve.core.ids import WorkerId
+from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.messages import Role
 from pdserve.core.sampling import SamplingParams
 from tests.support.model_workers import ModelPrefill
@@ -119,6 +119,23 @@ class RegistryMachine(RuleBasedStateMachine):
         worker = self.world.workers[data.draw(st.sampled_from(names))]
         assert not isinstance(worker, ModelPrefill)
         worker.refuse_next += 1
+
+    @precondition(lambda self: self._attempts())
+    @rule(data=st.data(), retryable=st.sampled_from([True, True, True, False]))
+    def a_worker_fails_an_attempt(self, data: st.DataObject, retryable: bool) -> None:
+        name, attempt = data.draw(st.sampled_from(self._attempts()))
+        self.world.up[name] += self.world.workers[name].fail(attempt, retryable=retryable)
+
+    def _attempts(self) -> list[tuple[WorkerId, AttemptId]]:
+        """What linked workers have in hand and have not given up yet."""
+        found = []
+        for name in sorted(self.world.linked):
+            model = self.world.workers[name]
+            if isinstance(model, ModelPrefill):
+                found += [(name, a) for a, reading in model.readings.items() if reading.stages[0] != "settle"]
+            else:
+                found += [(name, a) for a, held in model.reservations.items() if not held.quarantined]
+        return found
 
     @invariant()
     def the_same_request_is_never_in_two_places(self) -> None:

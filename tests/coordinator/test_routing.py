@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.fleet import Fleet, Gate, WorkerState
+from coordinator.fleet import Fleet, WorkerState
 from coordinator.policies import Candidate, make_policy
 from coordinator.router import Router
 from pdserve.core.config import RoutingPolicy
@@ -132,7 +132,7 @@ def test_workers_that_take_nothing_get_nothing(why: str) -> None:
         case "down":
             state.up = False
         case _:
-            state.gate = Gate.FULL
+            state.refused()
     assert Router(RoutingPolicy.RANDOM, seed=0).place(fleet, MODEL, 1) is None
 
 

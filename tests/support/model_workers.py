@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import CacheGroup, Fingerprint, GroupLayout, blocks_for
 from pdserve.core.messages import (
+    AttemptFailed,
     BlockCounts,
     Cancel,
     ConnectPeer,
@@ -184,6 +185,15 @@ class ModelDecode:
         up: list[Up] = [KvArrived(attempt=attempt)]
         return up + self._tell(attempt, held, [first_token])
 
+    def fail(self, attempt: AttemptId, *, retryable: bool = True) -> list[Up]:
+        """Give an attempt up: a lease that ran out, a step that broke."""
+        held = self.reservations[attempt]
+        if held.awaits_kv:
+            held.quarantined, held.runs = True, False
+        else:
+            self._release(attempt)
+        return [AttemptFailed(attempt=attempt, code="UNAVAILABLE", message="cable", retryable=retryable)]
+
     def step(self) -> list[Up]:
         up: list[Up] = []
         for attempt, held in list(self.reservations.items()):
@@ -253,11 +263,7 @@ class ModelPrefill:
                 assert len(message.dst_blocks) >= wanted, f"{spec.attempt}: too few blocks"
                 self.readings[spec.attempt] = _Reading(message)
             case Cancel(attempt=attempt):
-                self.readings.pop(attempt, None)
-                if attempt not in self.in_flight:
-                    return [PushesSettled(attempt=attempt)]
-                self.in_flight.discard(attempt)
-                self.readings[attempt] = _Reading(_NO_START, deque(["settle"]))
+                return self._abandon(attempt)
             case ConnectPeer(peer=peer, epoch=epoch):
                 self.peers.add((peer, epoch))
             case DropPeer(peer=peer, epoch=epoch):
@@ -266,6 +272,24 @@ class ModelPrefill:
                 pass
             case StartDecode() | RenewLease() | PushesSettled():
                 raise AssertionError(f"a prefill worker was sent {message}")
+        return []
+
+    def fail(self, attempt: AttemptId, *, retryable: bool = True) -> list[Up]:
+        """Tell, then give it up like a cancelled one."""
+        told: list[Up] = [
+            AttemptFailed(attempt=attempt, code="UNAVAILABLE", message="cable", retryable=retryable)
+        ]
+        return told + self._abandon(attempt)
+
+    def _abandon(self, attempt: AttemptId) -> list[Up]:
+        reading = self.readings.get(attempt)
+        if reading is not None and reading.stages[0] == "settle":
+            return []  # its last word is to come
+        self.readings.pop(attempt, None)
+        if attempt not in self.in_flight:
+            return [PushesSettled(attempt=attempt)]
+        self.in_flight.discard(attempt)
+        self.readings[attempt] = _Reading(_NO_START, deque(["settle"]))
         return []
 
     def step(self, attempt: AttemptId, landed: bool) -> list[Up]:
