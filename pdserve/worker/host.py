@@ -190,7 +190,8 @@ class WorkerHost:
             self._on_event(CoordinatorLost(owner))
 
     async def _greet(self, connection: _Connection) -> None:
-        connection.post([Hello(protocol=PROTOCOL_VERSION, sender=str(self._info.worker))])
+        # At once, past the queue: a peer of another version learns ours before it is hung up on.
+        connection.channel.send([Hello(protocol=PROTOCOL_VERSION, sender=str(self._info.worker))])
         async with asyncio.timeout(HELLO_TIMEOUT_S):
             batch = await connection.channel.receive()
         match batch:
