@@ -12,7 +12,7 @@ PROMPT ?= What is the capital of France, and what is it known for?
 # The first interpreter that runs and is new enough; a name on PATH may be a shim that does not run.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
-PIP     = $(BIN)/python -m pip --disable-pip-version-check -q
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow chaos check format bench proto docs clean
@@ -60,29 +60,19 @@ clean: ## Remove the virtual environment and caches
 # Stamps: a step runs again only when what it depends on has changed.
 
 $(STAMPS)/venv:
-	@test -n "$(PYTHON)" || { echo "pdserve needs Python 3.11, 3.12 or 3.13 on PATH; set PYTHON=/path/to/python" >&2; exit 2; }
-	@echo "Making $(VENV) with $(PYTHON)"
-	@$(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { echo "pdserve needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/python" >&2; exit 2; }
+	@tools/with-progress "making $(VENV) with $(PYTHON)" $(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-# torch first, and without CUDA where there is no NVIDIA GPU: the CUDA build is 20 times as large. Where no
-# build marked +cpu is offered, the plain one is the right one (macOS) or the only one.
 $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
-	@echo "Installing PyTorch $(TORCH) (this and the next step take a few minutes the first time)"
-	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
-		$(PIP) install "torch==$(TORCH)" -c constraints.txt; \
-	else \
-		$(PIP) install "torch==$(TORCH)+cpu" -c constraints.txt 2>/dev/null || \
-		$(PIP) install "torch==$(TORCH)" -c constraints.txt; \
-	fi
+	@tools/with-progress "installing PyTorch $(TORCH), up to minutes the first time" \
+		tools/install-torch $(BIN)/python $(TORCH)
 	@touch $@
 
 $(STAMPS)/run: $(STAMPS)/torch pyproject.toml
-	@echo "Installing pdserve"
-	@$(PIP) install -e . -c constraints.txt
+	@tools/with-progress "installing pdserve and what it needs" $(PIP) install -e . -c constraints.txt
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/run
-	@echo "Installing what tests and checks need"
-	@$(PIP) install -e ".[dev]" -c constraints.txt
+	@tools/with-progress "installing what tests and checks need" $(PIP) install -e ".[dev]" -c constraints.txt
 	@touch $@
