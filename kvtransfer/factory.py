@@ -8,7 +8,7 @@ from kvtransfer.fake import FakeBackend, Faults
 from kvtransfer.local import LocalBackend, LocalHub
 from kvtransfer.nixl import NixlBackend
 from kvtransfer.protocol import PoolRegion, TransferBackend
-from pdserve.core.config import TransferBackendName
+from pdserve.core.config import TcpFallback, TransferBackendName
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
@@ -24,6 +24,7 @@ def make_backend(
     hub: LocalHub | None = None,
     faults: Faults | None = None,
     ucx: Mapping[str, str] | None = None,
+    tcp_fallback: TcpFallback = TcpFallback.WARN,
 ) -> TransferBackend:
     """A backend over `regions`, which must outlive it.
 
@@ -31,11 +32,12 @@ def make_backend(
     faults: what the fake backend does wrong; nothing by default.
     ucx: UCX settings of the nixl backend without their prefix, such as {"TLS": "tcp"}; UCX_* variables in
         the process environment win over them (docs/transfer.md).
+    tcp_fallback: what the nixl backend does when bytes go by TCP where a faster way was to be expected.
     Raises `ConfigError`.
     """
     match name:
         case TransferBackendName.NIXL:
-            return NixlBackend(worker, epoch, regions, fingerprint, ucx=ucx or {})
+            return NixlBackend(worker, epoch, regions, fingerprint, ucx=ucx or {}, tcp_fallback=tcp_fallback)
         case TransferBackendName.LOCAL:
             return LocalBackend(_required(hub, name), worker, epoch, regions, fingerprint)
         case TransferBackendName.FAKE:

@@ -132,6 +132,7 @@ class LocalBackend:
                 worker=self._worker,
                 epoch=self._epoch,
                 host="",
+                rdma=False,
                 agent="",
                 agent_metadata=b"",
                 pools=remote_pools(self._regions),

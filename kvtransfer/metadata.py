@@ -14,7 +14,7 @@ from pdserve.core.errors import FingerprintMismatch, TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
 
-METADATA_VERSION: Final = 1
+METADATA_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,8 @@ class PeerMetadata:
     epoch: int
     host: str
     """Equal on workers that run under one kernel."""
+    rdma: bool
+    """Its host has an RDMA device."""
     agent: str
     agent_metadata: bytes
     pools: tuple[RemotePool, ...]
@@ -69,12 +71,13 @@ def decode_metadata(data: bytes) -> PeerMetadata:
             raise TransferError(
                 f"transfer metadata of version {version}, wanted {METADATA_VERSION}: upgrade both workers"
             )
-        transport, worker, epoch, host, agent, agent_metadata, pools, scratch, fingerprint = fields
+        transport, worker, epoch, host, rdma, agent, agent_metadata, pools, scratch, fingerprint = fields
         return PeerMetadata(
             transport=transport,
             worker=WorkerId(worker),
             epoch=epoch,
             host=host,
+            rdma=rdma,
             agent=agent,
             agent_metadata=agent_metadata,
             pools=tuple(_pool(pool) for pool in pools),

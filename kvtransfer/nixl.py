@@ -17,7 +17,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path as File
 from typing import Final
 
 from kvtransfer.metadata import (
@@ -30,7 +29,7 @@ from kvtransfer.metadata import (
 )
 from kvtransfer.nixl_agent import AgentError, Memory, NixlAgent, PeerDisconnected, State, units
 from kvtransfer.nixl_peer import Flight, Peer, Phase
-from kvtransfer.path import LARGE_BYTES, SMALL_BYTES, Probe, host_identity
+from kvtransfer.path import LARGE_BYTES, SMALL_BYTES, Probe, has_rdma, host_identity, slow_path
 from kvtransfer.protocol import (
     NoteArrived,
     Outcome,
@@ -45,6 +44,7 @@ from kvtransfer.protocol import (
 )
 from kvtransfer.scratch import Scratch, require_shareable
 from kvtransfer.spans import push_bytes, require_blocks, require_push, require_regions
+from pdserve.core.config import TcpFallback
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
@@ -72,6 +72,7 @@ class NixlBackend:
         fingerprint: Fingerprint,
         *,
         ucx: Mapping[str, str],
+        tcp_fallback: TcpFallback = TcpFallback.WARN,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Registers `regions`, which must outlive this. Raises `ConfigError`, `TransferError`."""
@@ -81,6 +82,8 @@ class NixlBackend:
                 require_shareable(region.address, f"the KV pool of group {region.layout.group.name}")
         self._worker, self._epoch, self._fingerprint = worker, epoch, fingerprint
         self._regions, self._clock = tuple(regions), clock
+        self._ucx, self._tcp_fallback = dict(ucx), tcp_fallback
+        self._rdma = has_rdma()
         self._scratch = Scratch(LARGE_BYTES, regions[0].device if regions else None)
         self._agent = NixlAgent(f"{worker}@{epoch}", ucx=ucx)
         self._lists = [
@@ -91,7 +94,7 @@ class NixlBackend:
         )
         self._host = host_identity()
         self._metadata = self._describe()
-        self._blind = not self._agent.wake_fds or _has_rdma()
+        self._blind = not self._agent.wake_fds or self._rdma
         self._peers: dict[WorkerId, Peer] = {}
         self._old_peers: list[Peer] = []
         self._events: list[TransferEvent] = []
@@ -169,7 +172,8 @@ class NixlBackend:
             on_device=on_device,
             clock=self._clock,
         )
-        return Peer(found.worker, found.epoch, name, found.pools, lists, probe)
+        both_rdma = self._rdma and found.rdma
+        return Peer(found.worker, found.epoch, name, found.pools, lists, probe, same_host, both_rdma)
 
     def _retire(self, peer: Peer) -> None:
         """A newer process or a fresh connection takes its place; what is under way is seen to its end."""
@@ -300,11 +304,25 @@ class NixlBackend:
             log.warning("the probe of %s took over %.1f s: path unknown", peer.worker, PROBE_TIMEOUT_S)
             self._keep_probe_handle(peer)
             path = peer.probe.unmeasured()
+        if self._refuses(peer, path):
+            return
         peer.phase, peer.path = Phase.READY, path
         self._events.append(PeerConnected(peer=peer.worker, epoch=peer.epoch, path=path))
         waiting, peer.waiting = peer.waiting, []
         for push in waiting:
             self.submit(push)
+
+    def _refuses(self, peer: Peer, path: PathInfo) -> bool:
+        """A fallback to TCP is never silent, unless it was asked for."""
+        wrong = slow_path(path.path, same_host=peer.same_host, both_rdma=peer.both_rdma, ucx=self._ucx)
+        if not wrong or self._tcp_fallback is TcpFallback.ALLOW:
+            return False
+        if self._tcp_fallback is TcpFallback.WARN:
+            log.warning("%s to %s: %s (transfer.tcp_fallback)", self._worker, peer.worker, wrong)
+            return False
+        log.error("%s refuses to move KV to %s: %s", self._worker, peer.worker, wrong)
+        self._fail_peer(peer, f"refused by transfer.tcp_fallback=refuse: {wrong}")
+        return True
 
     def _keep_probe_handle(self, peer: Peer) -> None:
         handle = peer.probe.abandon()
@@ -333,7 +351,7 @@ class NixlBackend:
     def _fail_peer(self, peer: Peer, error: str) -> None:
         if peer.phase is Phase.FAILED:
             return
-        peer.phase, peer.error = Phase.FAILED, f"{peer.worker} is gone: {error}"
+        peer.phase, peer.error = Phase.FAILED, f"peer {peer.worker}: {error}"
         self._keep_probe_handle(peer)
         self._end_waiting(peer, peer.error)
         if self._peers.get(peer.worker) is peer:
@@ -360,6 +378,7 @@ class NixlBackend:
                 worker=self._worker,
                 epoch=self._epoch,
                 host=self._host,
+                rdma=self._rdma,
                 agent=self._agent.name,
                 agent_metadata=self._agent.metadata(),
                 pools=remote_pools(self._regions),
@@ -383,9 +402,3 @@ class NixlBackend:
                 self._agent.unprepare(handle)
         self._agent.drain()
         self._agent.close()
-
-
-def _has_rdma() -> bool:
-    """Whether this host has a device over which notes could arrive unseen by any descriptor."""
-    devices = File("/sys/class/infiniband")
-    return devices.is_dir() and any(devices.iterdir())

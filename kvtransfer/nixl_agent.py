@@ -21,7 +21,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -64,9 +64,10 @@ class NixlAgent:
     """One NIXL agent with one UCX backend and no progress thread. Not thread-safe."""
 
     def __init__(self, name: str, *, ucx: Mapping[str, str]) -> None:
-        """`ucx`: settings without their prefix; a value cannot hold a comma (NIXL splits at it)."""
+        """`ucx`: settings without their prefix; UCX_* variables of the process win over them."""
         self.name = name
-        options = {"engine_config": _engine_config(ucx)} if ucx else {}
+        plain = ",".join(f"{key}={value}" for key, value in ucx.items() if "," not in value)
+        options = {"engine_config": plain} if plain else {}
         self._nixl = load_nixl()
         self._failures = _failure_types(self._nixl)
         config = self._nixl.nixlAgentConfig()
@@ -76,7 +77,8 @@ class NixlAgent:
         with self._errors("create the agent"):
             self._agent = self._nixl.nixlAgent(name, config)
         before = _event_polls()
-        with self._errors("create the UCX backend (UCX says why on stderr)"):
+        lists = {f"UCX_{key}": value for key, value in ucx.items() if "," in value}
+        with _environment(lists), self._errors("create the UCX backend (UCX says why on stderr)"):
             self._agent.createBackend("UCX", options)
         self.wake_fds: tuple[int, ...] = tuple(fd for fd in _event_polls() - before if _watches_sockets(fd))
         self._registered: list[Any] = []
@@ -224,14 +226,17 @@ def _failure_types(nixl: ModuleType) -> tuple[type[Exception], ...]:
     return (*own, ValueError, IndexError, RuntimeError, TypeError)
 
 
-def _engine_config(ucx: Mapping[str, str]) -> str:
-    for key, value in ucx.items():
-        if "," in value or "=" in key:
-            raise ConfigError(
-                f"UCX setting {key}={value!r}: a value with a comma can only be given in the environment, "
-                f"as UCX_{key}"
-            )
-    return ",".join(f"{key}={value}" for key, value in ucx.items())
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set what is not set yet, for a moment: NIXL splits its own options at commas, so that lists reach UCX
+    by no other way."""
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def _event_polls() -> set[int]:

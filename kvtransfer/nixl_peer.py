@@ -42,6 +42,8 @@ class Peer:
     pools: tuple[RemotePool, ...]
     lists: list[int]
     probe: Probe
+    same_host: bool
+    both_rdma: bool
     phase: Phase = Phase.PROBING
     probe_until: float | None = None
     path: PathInfo = field(default_factory=lambda: PathInfo(path=Path.UNKNOWN))

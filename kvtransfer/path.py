@@ -9,7 +9,7 @@ workers run under one kernel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path as File
 from typing import Final
 
@@ -32,6 +32,29 @@ def host_identity() -> str:
         return File("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def has_rdma() -> bool:
+    """Whether this host has a device for RDMA."""
+    devices = File("/sys/class/infiniband")
+    return devices.is_dir() and any(devices.iterdir())
+
+
+def slow_path(path: Path, *, same_host: bool, both_rdma: bool, ucx: Mapping[str, str]) -> str:
+    """Why a pair's path is worse than it ought to be, and what to do about it; empty where it is not."""
+    if path is not Path.TCP or ucx.get("TLS", "").strip() == "tcp":
+        return ""
+    if same_host:
+        return (
+            "KV goes by TCP although both workers run on this host: they may not write each other's memory. "
+            "Run them as one user, in containers with SYS_PTRACE or one PID namespace"
+        )
+    if both_rdma:
+        return (
+            "KV goes by TCP although both hosts have RDMA: check the link, UCX_NET_DEVICES and UCX_TLS, and "
+            "in containers that /dev/infiniband is there and memory may be locked"
+        )
+    return ""
 
 
 class Probe:

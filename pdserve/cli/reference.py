@@ -104,6 +104,8 @@ def type_name(annotation: Any) -> str:
         return " or ".join(type_name(part) for part in typing.get_args(annotation))
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if origin is dict:
+        return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in annotation)
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "nothing"}

@@ -5,12 +5,13 @@ A snapshot test lists every knob. Derived values are fields of a `Resolved...` o
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pdserve.core.errors import ConfigError
 
@@ -40,6 +41,14 @@ class TransferBackendName(StrEnum):
     NIXL = "nixl"
     LOCAL = "local"
     FAKE = "fake"
+
+
+class TcpFallback(StrEnum):
+    """What to do when KV goes by TCP where a faster way was to be expected."""
+
+    ALLOW = "allow"
+    WARN = "warn"
+    REFUSE = "refuse"
 
 
 class ModelSettings(_Frozen):
@@ -86,6 +95,14 @@ class DecodeSettings(_Frozen):
     """Token budget of a step in which the worker also reads prompts itself."""
 
 
+def _ucx_names(options: dict[str, str]) -> dict[str, str]:
+    """UCX passes over names it does not know, so the likely slips are caught here."""
+    for name in options:
+        if name.startswith("UCX_") or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise ValueError(f"{name!r}: UCX options are given in capitals and without UCX_, such as TLS")
+    return options
+
+
 class TransferSettings(_Frozen):
     backend: TransferBackendName = TransferBackendName.NIXL
     """nixl moves between processes and machines; local and fake join workers of one process, for tests."""
@@ -95,6 +112,12 @@ class TransferSettings(_Frozen):
     """A push that is not terminal by then fails its attempt."""
     lease_s: Seconds = 30.0
     """Blocks reserved for a request are given back this long after the last sign of its prefill."""
+    tcp_fallback: TcpFallback = TcpFallback.WARN
+    """For two workers of one host, or of two hosts with RDMA, whose KV would go by TCP all the same: say
+    nothing, say so loudly, or move no KV between these two."""
+    ucx: Annotated[dict[str, str], AfterValidator(_ucx_names)] = Field(default_factory=dict)
+    """UCX options without their prefix, such as `{TLS: tcp, NET_DEVICES: eth0}`; a UCX_* variable in a
+    worker's environment wins."""
 
 
 class CoordinatorSettings(_Frozen):

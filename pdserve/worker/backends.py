@@ -18,6 +18,14 @@ def configured_backend(settings: TransferSettings) -> BackendFactory:
     def make(
         worker: WorkerId, epoch: int, regions: Sequence[PoolRegion], fingerprint: Fingerprint
     ) -> TransferBackend:
-        return make_backend(settings.backend, worker, epoch, regions, fingerprint)
+        return make_backend(
+            settings.backend,
+            worker,
+            epoch,
+            regions,
+            fingerprint,
+            ucx=settings.ucx,
+            tcp_fallback=settings.tcp_fallback,
+        )
 
     return make

@@ -11,7 +11,7 @@ from kvtransfer.factory import make_backend
 from kvtransfer.fake import Faults
 from kvtransfer.local import LocalHub
 from kvtransfer.service import TransferService
-from pdserve.core.config import TransferBackendName
+from pdserve.core.config import TcpFallback, TransferBackendName
 from pdserve.core.ids import WorkerId
 from tests.support.transfer import LAYOUTS, Events, Node, NodeMaker, Pools, fingerprint
 
@@ -32,6 +32,7 @@ def make_node() -> Iterator[NodeMaker]:
             model: str = "m",
             faults: Faults | None = None,
             ucx: dict[str, str] | None = None,
+            tcp_fallback: TcpFallback = TcpFallback.WARN,
             max_inflight_bytes: int = 1 << 30,
         ) -> Node:
             pools = Pools(LAYOUTS, num_blocks, seed=seed)
@@ -44,6 +45,7 @@ def make_node() -> Iterator[NodeMaker]:
                 hub=hub,
                 faults=faults,
                 ucx=ucx,
+                tcp_fallback=tcp_fallback,
             )
             events = Events()
             service = TransferService(made, events, max_inflight_bytes=max_inflight_bytes)

@@ -10,7 +10,6 @@ import pytest
 from kvtransfer.factory import make_backend
 from kvtransfer.fake import Faults
 from kvtransfer.local import LocalBackend, LocalHub
-from kvtransfer.nixl_agent import NixlAgent
 from kvtransfer.protocol import Outcome, PushEnded, TransferEvent
 from kvtransfer.service import TransferService, _Waiter
 from pdserve.core.config import TransferBackendName
@@ -154,8 +153,3 @@ def test_backends_of_one_process_need_a_hub() -> None:
     for name in (TransferBackendName.LOCAL, TransferBackendName.FAKE):
         with pytest.raises(ConfigError, match="LocalHub"):
             make_backend(name, WorkerId("p"), 1, pools.regions, fingerprint())
-
-
-def test_a_ucx_setting_that_nixl_would_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="UCX_TLS"):
-        NixlAgent("x", ucx={"TLS": "tcp,cma"})

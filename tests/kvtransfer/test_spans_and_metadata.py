@@ -89,6 +89,7 @@ def metadata(**changes: object) -> PeerMetadata:
         worker=WorkerId("d"),
         epoch=3,
         host="h",
+        rdma=True,
         agent="d@3",
         agent_metadata=b"\x00\xff",
         pools=(RemotePool(address=1 << 47, num_blocks=7, device=None),) * 2,
