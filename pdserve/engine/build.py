@@ -13,6 +13,7 @@ import torch
 from pdserve.core.config import CacheSettings, DType, ModelSettings
 from pdserve.core.errors import ConfigError
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout, blocks_for
+from pdserve.engine.heap import keep_heap_between_steps
 from pdserve.engine.kv_pool import TORCH_DTYPES, KVPool
 from pdserve.engine.runner import ModelRunner
 from pdserve.engine.sampler import Sampler
@@ -77,6 +78,8 @@ def build_engine(
     max_model_len = _fitting_len(wanted_len, num_blocks, layout, model)
     pool = KVPool(layout, num_blocks, target)
     runner = ModelRunner(weights, (pool,), max_model_len=max_model_len, model_digest=digest, device=target)
+    if target.type == "cpu":
+        keep_heap_between_steps()
     say(1.0, "engine ready")
     return Engine(
         runner=runner,
@@ -98,8 +101,8 @@ def _prepare(device: torch.device, num_threads: int | None) -> None:
     if device.type != "cuda":
         return
     torch.cuda.set_device(device)
-    settings = torch.cuda.memory._snapshot()["allocator_settings"]
-    if settings.get("expandable_segments"):
+    torch.cuda.init()
+    if torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]:
         raise ConfigError(
             "expandable_segments is on in PyTorch's CUDA allocator: KV transfers would be hundreds of "
             "times slower; remove it from PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF)"
