@@ -101,7 +101,6 @@ def _prepare(device: torch.device, num_threads: int | None) -> None:
     if device.type != "cuda":
         return
     torch.cuda.set_device(device)
-    torch.cuda.init()
     if torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]:
         raise ConfigError(
             "expandable_segments is on in PyTorch's CUDA allocator: KV transfers would be hundreds of "

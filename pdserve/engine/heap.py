@@ -1,7 +1,7 @@
 """The C heap between steps: glibc gives freed memory back to the kernel, and a step asks for it again.
 
-A step's activations are tens of megabytes, allocated and freed layer by layer; page faults for them took up to
-a fifth of a prefill step on a CPU.
+A step's activations are tens of megabytes, allocated and freed layer by layer; page faults for them took up
+to a fifth of a prefill step on a CPU.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pdserve.core.errors import PdServeError, WorkerLost
-from pdserve.core.messages import Heartbeat, WorkerInfo
+from pdserve.core.messages import Heartbeat, Role, WorkerInfo
 from pdserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class HostedWorker(ABC):
     def _load(self, steps: queue.SimpleQueue[Progress | None]) -> Running:
         # Here, not at the top: the launcher imports this module, and must not pay for torch.
         from pdserve.engine.build import build_engine
+        from pdserve.models.ops import Workload
 
         spec = self._spec
         engine = build_engine(
@@ -139,9 +140,10 @@ class HostedWorker(ABC):
             spec.config.cache,
             device=spec.device,
             num_threads=spec.num_threads,
-            progress=lambda fraction, text: steps.put(Progress(fraction=fraction, text=text)),
+            workload=Workload.PREFILL if spec.role is Role.PREFILL else Workload.ANY,
+            progress=lambda done, text: steps.put(Progress(fraction=0.99 * done, text=text)),
         )
-        steps.put(Progress(fraction=1.0, text="registering memory for transfers"))
+        steps.put(Progress(fraction=0.99, text="registering memory for transfers"))
         return self._serve(spec, engine)
 
     def _require(self) -> Running:

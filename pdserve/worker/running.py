@@ -15,9 +15,11 @@ import torch
 
 from kvtransfer.protocol import PoolRegion
 from kvtransfer.service import TransferService
+from pdserve.core import messages
 from pdserve.core.errors import ConfigError, InvariantViolated
 from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.engine.build import build_engine
+from pdserve.models.ops import Workload
 from pdserve.worker.host import WorkerHost
 from pdserve.worker.loop import ComputeLoop, Inbox, Role
 from pdserve.worker.ports import BackendFactory, EnginePort, PoolPort, TransferPort
@@ -139,6 +141,7 @@ def load_engine(spec: WorkerSpec) -> EnginePort:
         spec.config.cache,
         device=spec.device,
         num_threads=spec.num_threads,
+        workload=Workload.PREFILL if spec.role is messages.Role.PREFILL else Workload.ANY,
     )
 
 
