@@ -115,6 +115,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
     async with contextlib.AsyncExitStack() as stack:
         session = _start_ray(config, environment, report)
         stack.callback(close_session, session, grace_s=STOP_GRACE_S)
+        report("ray", "Ray runs", 1.0)
         plan = plan_placement(config, session.nodes())
         host = RayHost(session, plan, config, model_dir, _worker_progress(report))
         await host.reserve()

@@ -39,7 +39,7 @@ class Reporter:
         self._tasks: dict[str, TaskID] = {}
         self._said: dict[str, float] = {}
         self._progress = Progress(
-            SpinnerColumn(),
+            SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("[bold]{task.fields[what]}[/]"),
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),

@@ -181,6 +181,7 @@ class RayWorker:
                     raise WorkerLost(self.worker, f"{error}: {message}")
                 case Started(address=address, pid=pid):
                     self.address, self.pid = address, pid
+                    on_progress(self.worker, Progress(fraction=1.0, text="ready"))
         if self.node == self.session.node_id and hasattr(os, "pidfd_open"):
             self.pidfd = os.pidfd_open(self.pid)
         self._wait = self.actor.wait.remote()
