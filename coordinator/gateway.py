@@ -189,7 +189,7 @@ class Gateway:
         )
 
     async def _abort(self, context: Context, error: PdServeError) -> NoReturn:
-        self._metrics.rejected.labels(type(error).__name__).inc()
+        self._metrics.errors.labels(type(error).__name__).inc()
         code, details, metadata = status_of(error)
         await context.abort(code, details, metadata)
         raise AssertionError("abort raises")

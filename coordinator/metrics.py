@@ -70,7 +70,7 @@ class Metrics:
         self.attempts = counter("attempts", "Attempts of ended samples", by_model)
         self.requests = counter("requests", "Samples that ended", ["model", "outcome", "tenant", "priority"])
         self.targets = counter("targets", "Targets of ended samples", ["model", "target", "result"])
-        self.rejected = counter("rejected", "Requests refused at the door", ["reason"])
+        self.errors = counter("errors", "Requests that ended with an error, at whatever point", ["error"])
         self.refusals = counter("refusals", "Refusals of decode workers", ["worker", "reason"])
         self.active = gauge("active_requests", "Samples by phase", ["phase"])
         self.waiting = gauge("waiting_requests", "Samples that wait for a decode worker", [])

@@ -77,6 +77,7 @@ def check(
         raise InvalidRequest(
             field="tenant", value=request.tenant, limit=f"at most {MAX_ID_CHARS} printable characters"
         )
+    _require_short_lists(request.sampling, limits)
     sampling = sampling_params(request.sampling, model, default_max_tokens)
     sampling.validate(vocab_size=model.served.vocab_size, limits=limits)
     return Checked(
@@ -117,7 +118,10 @@ def tokenise(request: pb.GenerateRequest, model: LoadedModel) -> list[int]:
         case None:
             raise InvalidRequest(field="prompt", value=None, limit=limit)
         case "token_ids":
-            tokens = list(request.token_ids.ids)
+            ids, limit_len = request.token_ids.ids, model.served.max_model_len
+            if len(ids) >= limit_len:  # before they are copied and looked at
+                raise PromptTooLong(prompt_tokens=len(ids), max_model_len=limit_len)
+            tokens = list(ids)
             _require_in_vocabulary(tokens, model.served.vocab_size)
         case "text":
             if not request.text:
@@ -214,6 +218,17 @@ def _render(chat: pb.Chat, model: LoadedModel) -> str:
     turns = [ChatMessage(role=message.role, content=message.content) for message in chat.messages]
     opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
     return model.tokenizer.apply_chat_template(turns, add_generation_prompt=opened)
+
+
+def _require_short_lists(wire: pb.Sampling, limits: SamplingLimits) -> None:
+    """Before they are copied: a message may hold a million entries."""
+    for field, count, limit in (
+        ("stop", len(wire.stop), limits.max_stop_strings),
+        ("stop_token_ids", len(wire.stop_token_ids), limits.max_stop_token_ids),
+        ("logit_bias", len(wire.logit_bias), limits.max_logit_bias),
+    ):
+        if count > limit:
+            raise InvalidRequest(field=field, value=f"{count} entries", limit=f"at most {limit} entries")
 
 
 def _require_in_vocabulary(tokens: list[int], vocab_size: int) -> None:
