@@ -28,8 +28,7 @@ from pdserve.models.ops import Workload
 FEW_ROWS: Final = 3
 """Up to this many rows the float16 product usually beats oneDNN's bfloat16 one."""
 PROBED_ROWS: Final = (1, 2, 3, 4, 6, 8, 16, 64)
-PROBED_LAYERS: Final = 6
-PROBED_ROUNDS: Final = 2
+PROBES: Final = 12
 HALF_LARGEST: Final = 15
 """Weights are scaled to below 2 ** this; float16 ends at 2 ** 16."""
 HALF_TOLERANCE: Final = 2.0**-32
@@ -151,8 +150,8 @@ def choose_products(linears: Sequence[Linear]) -> None:
         few_rows = 0
         for rows in PROBED_ROWS:
             x = torch.randn(rows, inputs)
-            probed = alike[:PROBED_LAYERS]
-            times = [(linear.time_few(x), linear.time_many(x)) for linear in probed * PROBED_ROUNDS]
+            probed = [alike[i % len(alike)] for i in range(PROBES)]
+            times = [(linear.time_few(x), linear.time_many(x)) for linear in probed]
             if min(few for few, _ in times) > min(many for _, many in times):
                 break
             few_rows = rows
@@ -169,8 +168,9 @@ def _seconds(linear: HalfLinear | Bfloat16Linear | PackedLinear, x_TI: Tensor) -
 
 def _half(weight_OI: Tensor, bias_O: Tensor | None) -> HalfLinear | None:
     """None where fbgemm is missing or float16 would change a weight."""
-    largest = float(weight_OI.abs().max())
-    if largest == 0.0 or not math.isfinite(largest):
+    least, most = torch.aminmax(weight_OI)
+    largest = max(-float(least), float(most))
+    if largest <= 0.0 or not math.isfinite(largest):
         return None
     exponent = HALF_LARGEST - math.frexp(largest)[1]
     scaled = weight_OI.float() * 2.0**exponent

@@ -5,8 +5,9 @@ Tensor names are those of Hugging Face's Llama, Mistral, Qwen2 and Qwen3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from pdserve.models.config import ModelConfig
 from pdserve.models.layers import DecoderLayer
 from pdserve.models.llama import LlamaModel
 from pdserve.models.ops import Linear, ModelOps, QKNorm
+
+DUMMY_NUMBERS: Final = 2**20
 
 Progress = Callable[[float, str], None]
 """(fraction in [0, 1], words for what is going on)."""
@@ -29,24 +32,24 @@ class WeightSource(Protocol):
 
 
 class DummySource:
-    """Random weights of the right shape, the same for the same seed and name, cheap to make."""
+    """Random weights of the right shape, the same in every process that asks for the same tensors in order.
+
+    Matrices are cut from one million normal numbers, over and over: drawing billions would take minutes.
+    """
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         self._dtype = dtype
         self._generator = torch.Generator().manual_seed(seed)
+        self._pattern = torch.randn(DUMMY_NUMBERS, generator=self._generator).mul_(0.02).to(dtype)
 
     def require(self, name: str, shape: Sequence[int]) -> Tensor:
         if len(shape) == 1:
-            return (
-                torch.zeros(tuple(shape), dtype=self._dtype)
-                if name.endswith("bias")
-                else _ones(shape, self._dtype)
-            )
-        return torch.empty(tuple(shape), dtype=self._dtype).normal_(0.0, 0.02, generator=self._generator)
-
-
-def _ones(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.ones(tuple(shape), dtype=dtype)
+            fill = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(tuple(shape), fill, dtype=self._dtype)
+        shift = int(torch.randint(DUMMY_NUMBERS, (), generator=self._generator))
+        count = math.prod(shape)
+        repeats = -(-count // DUMMY_NUMBERS)
+        return self._pattern.roll(shift).repeat(repeats)[:count].view(tuple(shape))
 
 
 def load_llama(
