@@ -254,7 +254,7 @@ def _write_token(session: RaySession) -> Path | None:
     token = os.environ.get("RAY_AUTH_TOKEN")
     if token is None or session.dashboard_url is None:
         return None
-    path = session.run_dir / "dashboard-token"
+    path = session.run_dir.path / "dashboard-token"
     path.touch(mode=0o600)
     path.write_text(token)
     return path

@@ -23,8 +23,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from decode.actor import DecodeActor
 from pdserve.cluster.placement import PlacementPlan, WorkerSlot, core_slots
 from pdserve.cluster.ray_session import NAMESPACE, RaySession
+from pdserve.core import errors
 from pdserve.core.config import CacheSettings, ServeConfig
-from pdserve.core.errors import ConfigError, WorkerLost
+from pdserve.core.errors import CheckpointError, ConfigError, PdServeError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 from pdserve.worker.hosting import HostedWorker, NotStarted, Progress, Started, StartStep
@@ -121,7 +122,7 @@ class RayHost:
     def _listen(self, slot: WorkerSlot, epoch: int) -> str:
         """A unix socket while every worker is on our own machine, else TCP on the worker's address."""
         if set(self._node_of.values()) == {self._session.node_id}:
-            return f"unix:{self._session.run_dir}/{slot.worker}.{epoch}.sock"
+            return f"unix:{self._session.run_dir.path}/{slot.worker}.{epoch}.sock"
         hosts = {node.id: node.host for node in self._session.nodes()}
         return f"tcp:{hosts[self._node_of[slot.worker]]}:0"
 
@@ -178,7 +179,7 @@ class RayWorker:
                 case Progress():
                     on_progress(self.worker, step)
                 case NotStarted(error=error, message=message):
-                    raise WorkerLost(self.worker, f"{error}: {message}")
+                    raise _typed(self.worker, error, message)
                 case Started(address=address, pid=pid):
                     self.address, self.pid = address, pid
                     on_progress(self.worker, Progress(fraction=1.0, text="ready"))
@@ -245,6 +246,16 @@ class RayWorker:
             why += ", killed"
         tail = _log_tail(self.session.log_dir, self.pid)
         return f"{why}; it last wrote:\n{tail}" if tail else why
+
+
+def _typed(worker: WorkerId, error: str, message: str) -> PdServeError:
+    """What a worker reported on its start, as the error that says what to change."""
+    kind = getattr(errors, error, None)
+    if isinstance(kind, type) and issubclass(kind, CheckpointError):
+        return CheckpointError(message)
+    if isinstance(kind, type) and issubclass(kind, ConfigError):
+        return ConfigError(f"{worker}: {message}")
+    return WorkerLost(worker, f"{error}: {message}")
 
 
 def _log_tail(log_dir: Path | None, pid: int) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import psutil
 import ray
 
 from pdserve.cluster.placement import Node, node_from_resources
+from pdserve.cluster.run_dir import RunDir
 from pdserve.core.config import ClusterSettings
 from pdserve.core.errors import ConfigError
 
@@ -24,8 +23,6 @@ log = logging.getLogger(__name__)
 NAMESPACE: Final = "pdserve"
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024
 """KV and tokens travel elsewhere; the object store carries start-up messages only."""
-_RUN_ROOT: Final = "/tmp"
-"""Unix socket paths end at 107 bytes, and Ray adds 60 to this one: TMPDIR may be too deep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,7 @@ class RaySession:
     """A live connection. `run_dir` holds our sockets and, when local, everything Ray writes."""
 
     local: bool
-    run_dir: Path
+    run_dir: RunDir
     log_dir: Path | None
     """Where this machine's Ray processes log."""
     dashboard_url: str | None
@@ -63,13 +60,13 @@ def open_session(
     # Ray prints a paragraph about every worker that dies; the supervisor says it in a line.
     ray._private.worker._worker_logs_enabled = False
     before = {child.pid for child in psutil.Process().children()}
-    run_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir=_RUN_ROOT))
+    run_dir = RunDir.make()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        context: Any = ray.init(**_init_arguments(settings, run_dir, num_cpus, worker_env or {}))
+        context: Any = ray.init(**_init_arguments(settings, run_dir.path, num_cpus, worker_env or {}))
     except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.remove()
         what = "Ray did not start here" if local else f"no Ray cluster answers at {settings.address}"
         raise ConfigError(f"cluster.address: {what}: {_first_line(error)}") from error
     finally:
@@ -106,7 +103,7 @@ def close_session(session: RaySession, *, grace_s: float) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(alive, timeout=grace_s)
-    shutil.rmtree(session.run_dir, ignore_errors=True)
+    session.run_dir.remove()
 
 
 def _init_arguments(
