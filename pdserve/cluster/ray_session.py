@@ -21,6 +21,8 @@ from pdserve.core.errors import ConfigError
 log = logging.getLogger(__name__)
 
 NAMESPACE: Final = "pdserve"
+_RAY_DIR: Final = "ray"
+"""Below our own directory, because Ray opens the one it is given to everybody."""
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024
 """KV and tokens travel elsewhere; the object store carries start-up messages only."""
 
@@ -63,7 +65,9 @@ def open_session(
     run_dir = RunDir.make()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        context: Any = ray.init(**_init_arguments(settings, run_dir.path, num_cpus, worker_env or {}))
+        context: Any = ray.init(
+            **_init_arguments(settings, run_dir.path / _RAY_DIR, num_cpus, worker_env or {})
+        )
     except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
         run_dir.remove()
@@ -107,7 +111,7 @@ def close_session(session: RaySession, *, grace_s: float) -> None:
 
 
 def _init_arguments(
-    settings: ClusterSettings, run_dir: Path, num_cpus: int, worker_env: Mapping[str, str]
+    settings: ClusterSettings, ray_dir: Path, num_cpus: int, worker_env: Mapping[str, str]
 ) -> dict[str, Any]:
     common: dict[str, Any] = {
         "address": settings.address,
@@ -123,7 +127,7 @@ def _init_arguments(
         "dashboard_host": "127.0.0.1",
         "dashboard_port": settings.dashboard_port,
         "object_store_memory": _OBJECT_STORE_BYTES,
-        "_temp_dir": str(run_dir),
+        "_temp_dir": str(ray_dir),
     }
 
 

@@ -38,7 +38,9 @@ def test_serve_answers_and_leaves_no_process_and_no_file_behind(
         assert all(any(actor in title for title in titles) for actor in ("PrefillActor", "DecodeActor")), (
             titles
         )
-        assert set(Path("/tmp").glob("pdserve-*")) > before
+        assert {path.stat().st_mode & 0o777 for path in set(Path("/tmp").glob("pdserve-*")) - before} == {
+            0o700
+        }
         answer = subprocess.run(
             [*PDSERVE, "generate", "--raw", "the", "--address", address, "--max-tokens", "4", "--json"],
             capture_output=True,
