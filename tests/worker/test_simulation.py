@@ -269,15 +269,15 @@ class World:
     # --- a life -------------------------------------------------------------------------------------
 
     def turn(self, *, calm: bool) -> None:
-        """One thing happens, somewhere. Calm: nothing new, and nothing new goes wrong."""
+        """One thing happens, somewhere. Calm: no new requests and cancels, and time stands still."""
         draw = self.random.random()
         if not calm and draw < 0.03:
             self.submit()
         elif not calm and draw < 0.065 and self.attempts:
             self.end(self.random.choice(list(self.attempts.values())))
-        elif not calm and draw < 0.075 and self.flying:
+        elif draw < 0.09 and self.flying:
             self.end_a_push(self.random.choice(["fails", "fails halfway", "fails after landing"]))
-        elif not calm and draw < 0.1:
+        elif not calm and draw < 0.11:
             self.pass_time(self.random.uniform(0, 0.5))
         elif draw < 0.30 and self.flying:
             self.end_a_push("lands")
