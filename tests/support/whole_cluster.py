@@ -140,9 +140,7 @@ def make_tiny_checkpoint(folder: Path, *, max_position: int = 2048) -> PreTraine
     return oracle
 
 
-def greedy(
-    oracle: PreTrainedModel, prompt: list[int], count: int, *, ignore_eos: bool = False
-) -> list[int]:
+def greedy(oracle: PreTrainedModel, prompt: list[int], count: int, *, ignore_eos: bool = False) -> list[int]:
     """What transformers writes after `prompt`, up to and including EOS unless that is ignored."""
     settings = oracle.generation_config
     assert settings is not None
