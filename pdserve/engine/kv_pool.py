@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,14 @@ class KVPool:
         self.num_blocks = num_blocks
         self.device = torch.device(device)
         dtype = TORCH_DTYPES[layout.group.dtype]
-        self.tensor: Tensor = torch.zeros(layout.pool_shape(num_blocks), dtype=dtype, device=self.device)
+        shape = layout.pool_shape(num_blocks)
+        self.tensor: Tensor
+        if self.device.type == "cpu":
+            # Straight from the kernel: `torch.zeros` would write, and so occupy, all of it now.
+            memory = mmap.mmap(-1, self.size_bytes)
+            self.tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
+        else:
+            self.tensor = torch.zeros(shape, dtype=dtype, device=self.device)
 
     @property
     def address(self) -> int:

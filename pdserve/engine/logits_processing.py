@@ -16,8 +16,8 @@ from torch import Tensor
 from pdserve.core.sampling import SamplingParams
 from pdserve.engine.batch import SampleRequest
 
-TOP_P_CANDIDATES: Final = 1024
-"""On a CPU, top_p looks at this many best tokens first and sorts the whole vocabulary if they fall short."""
+TOP_P_CANDIDATES: Final = (128, 2048)
+"""On a CPU, top_p looks at this many best tokens first; it sorts the vocabulary where they fall short."""
 
 
 def apply_bias(logits_NV: Tensor, requests: Sequence[SampleRequest]) -> None:
@@ -79,7 +79,7 @@ def filtered_probabilities(logits_NV: Tensor, params: Sequence[SamplingParams]) 
     weights = ((logits_NV - logits_NV.amax(dim=-1, keepdim=True)) / temperature).exp_()
     if any(p.min_p > 0.0 for p in params):
         least = torch.tensor([p.min_p for p in params], device=device)[:, None]
-        weights.masked_fill_(weights < least, 0.0)
+        weights = _at_least(weights, least)
     if any(p.top_k > 0 for p in params):
         _keep_top_k(weights, [p.top_k for p in params])
     if any(p.top_p < 1.0 for p in params):
@@ -96,7 +96,7 @@ def _keep_top_k(weights_NV: Tensor, counts: list[int]) -> None:
     last = torch.tensor([counts[row] - 1 for row in rows], device=weights_NV.device)
     some = weights_NV[index]
     best = some.topk(max(counts[row] for row in rows), dim=-1).values
-    weights_NV[index] = some.masked_fill_(some < best.gather(1, last[:, None]), 0.0)
+    weights_NV[index] = _at_least(some, best.gather(1, last[:, None]))
 
 
 def _keep_top_p(weights_NV: Tensor, masses: list[float]) -> None:
@@ -105,17 +105,27 @@ def _keep_top_p(weights_NV: Tensor, masses: list[float]) -> None:
     wanted = torch.tensor([masses[row] for row in rows], dtype=torch.float64, device=weights_NV.device)
     some = weights_NV[index]
     wanted_mass = wanted[:, None] * some.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    size = weights_NV.shape[-1]
-    if weights_NV.device.type == "cpu" and size > TOP_P_CANDIDATES:
-        best = some.topk(TOP_P_CANDIDATES, dim=-1).values
-        if bool((best.sum(dim=-1, keepdim=True, dtype=torch.float64) < wanted_mass).any()):
-            best = some.sort(dim=-1, descending=True).values
-    else:
-        best = some.sort(dim=-1, descending=True).values
+    best = _best(some, wanted_mass)
     # A token is kept while the mass before it has not reached p; the first always is.
     before = best.cumsum(dim=-1, dtype=torch.float64) - best
     last = ((before < wanted_mass).sum(dim=-1, keepdim=True) - 1).clamp_(min=0)
-    weights_NV[index] = some.masked_fill_(some < best.gather(1, last), 0.0)
+    weights_NV[index] = _at_least(some, best.gather(1, last))
+
+
+def _best(weights_NV: Tensor, mass_N1: Tensor) -> Tensor:
+    """The greatest weights of each row, descending, as many as the mass needs."""
+    if weights_NV.device.type == "cpu":
+        for count in TOP_P_CANDIDATES:
+            if count < weights_NV.shape[-1]:
+                best = weights_NV.topk(count, dim=-1).values
+                if bool((best.sum(dim=-1, keepdim=True, dtype=torch.float64) >= mass_N1).all()):
+                    return best
+    return weights_NV.sort(dim=-1, descending=True).values
+
+
+def _at_least(weights_NV: Tensor, least_N1: Tensor) -> Tensor:
+    """Smaller weights become zero. A product: filling by a mask is slower on a CPU."""
+    return weights_NV * (weights_NV >= least_N1)
 
 
 def _columns(

@@ -10,8 +10,10 @@ Shape legend: N rows, V vocabulary, L prompt positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pdserve.core.errors import NoValidToken
@@ -19,6 +21,9 @@ from pdserve.core.sampling import SamplingParams, TokenLogprobs
 from pdserve.engine import logits_processing as processing
 from pdserve.engine.batch import Sampled, SampleFailed, SampleRequest, SampleResult
 from pdserve.engine.philox import uniform
+
+RUN: Final = 128
+BELOW_ONE: Final = 1.0 - 2.0**-52
 
 
 class Sampler:
@@ -53,12 +58,16 @@ class Sampler:
         return _token_logprobs(logits_LV, list(next_tokens), [k] * len(next_tokens))
 
     def _choose(self, logits_NV: Tensor, requests: Sequence[SampleRequest]) -> tuple[Tensor, Tensor]:
-        work = logits_NV.clone()
-        processing.apply_bias(work, requests)
-        processing.mask_ends(work, requests)
-        processing.apply_penalties(work, requests)
-        tokens, found = _argmax(work)
+        work = logits_NV
+        if any(_edits_logits(r) for r in requests):
+            work = logits_NV.clone()
+            processing.apply_bias(work, requests)
+            processing.mask_ends(work, requests)
+            processing.apply_penalties(work, requests)
         random = [row for row, request in enumerate(requests) if not request.params.greedy]
+        if len(random) == len(requests):
+            return self._draw(work, requests)
+        tokens, found = _argmax(work)
         if random:
             rows = torch.tensor(random, device=logits_NV.device)
             drawn, sound = self._draw(work[rows], [requests[row] for row in random])
@@ -69,13 +78,8 @@ class Sampler:
     def _draw(self, logits_NV: Tensor, requests: Sequence[SampleRequest]) -> tuple[Tensor, Tensor]:
         params = [request.params for request in requests]
         probs_NV = processing.filtered_probabilities(logits_NV, params)
-        cumulative_NV = probs_NV.cumsum(dim=-1, dtype=torch.float64)
-        total_N1 = cumulative_NV[:, -1:]
         numbers = [uniform(_seed(request.params), len(request.tokens)) for request in requests]
-        target_N1 = torch.tensor(numbers, dtype=torch.float64, device=logits_NV.device)[:, None] * total_N1
-        tokens = torch.searchsorted(cumulative_NV, target_N1, right=True).squeeze(1)
-        # A row of NaN has no total; its index is past the end and its result is dropped.
-        return tokens.clamp_(max=self._vocab_size - 1), torch.isfinite(total_N1.squeeze(1))
+        return invert_cumulative(probs_NV, torch.tensor(numbers, dtype=torch.float64, device=probs_NV.device))
 
     def _logprobs(
         self, logits_NV: Tensor, requests: Sequence[SampleRequest], tokens: list[int]
@@ -91,12 +95,39 @@ class Sampler:
         return out
 
 
+def invert_cumulative(weights_NV: Tensor, numbers_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which each row's running sum passes number * total; and whether the row has a sum.
+
+    In two steps, first among runs of `RUN` tokens and then within the one found: a running sum over the whole
+    vocabulary would cost more than all the rest. float64 numbers in [0, 1).
+    """
+    rows, vocab = weights_NV.shape
+    padded = F.pad(weights_NV, (0, -vocab % RUN)) if vocab % RUN else weights_NV
+    runs_NCR = padded.view(rows, -1, RUN)
+    cumulative_NC = runs_NCR.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    sound_N = torch.isfinite(cumulative_NC[:, -1]) & (cumulative_NC[:, -1] > 0)
+    target_N1 = numbers_N[:, None] * cumulative_NC[:, -1:]
+    # A row without a sum finds an index past the end; its result is dropped.
+    run_N1 = torch.searchsorted(cumulative_NC, target_N1, right=True).clamp_(max=runs_NCR.shape[1] - 1)
+    end_N1 = cumulative_NC.gather(1, run_N1)
+    begin_N1 = torch.where(run_N1 > 0, cumulative_NC.gather(1, (run_N1 - 1).clamp(min=0)), 0.0)
+    inside_NR = runs_NCR[torch.arange(rows, device=weights_NV.device), run_N1[:, 0]]
+    inside_NR = inside_NR.cumsum(dim=-1, dtype=torch.float64)
+    # As a share of the run, so that the rounding of its sum cannot lead outside it.
+    share_N1 = ((target_N1 - begin_N1) / (end_N1 - begin_N1)).clamp_(0.0, BELOW_ONE)
+    within_N1 = torch.searchsorted(inside_NR, share_N1 * inside_NR[:, -1:], right=True)
+    return (run_N1 * RUN + within_N1).squeeze(1).clamp_(max=vocab - 1), sound_N
+
+
 def _touches_logits(request: SampleRequest) -> bool:
     """False: the answer is the argmax of the raw logits."""
+    return not request.params.greedy or _edits_logits(request)
+
+
+def _edits_logits(request: SampleRequest) -> bool:
     p = request.params
     return (
-        not p.greedy
-        or bool(p.logit_bias)
+        bool(p.logit_bias)
         or p.repetition_penalty != 1.0
         or p.presence_penalty != 0.0
         or p.frequency_penalty != 0.0

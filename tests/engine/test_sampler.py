@@ -14,7 +14,7 @@ from pdserve.core.errors import NoValidToken
 from pdserve.core.sampling import SamplingParams
 from pdserve.engine.batch import Sampled, SampleFailed, SampleRequest
 from pdserve.engine.logits_processing import TOP_P_CANDIDATES, filtered_probabilities
-from pdserve.engine.sampler import Sampler
+from pdserve.engine.sampler import RUN, Sampler, invert_cumulative
 
 VOCAB = 50
 EOS = 2
@@ -240,10 +240,10 @@ def test_prompt_logprobs_give_each_next_token_its_probability() -> None:
     assert Sampler(VOCAB, "cpu").prompt_logprobs(logits[:0], [], 3) == []
 
 
-@pytest.mark.parametrize("sharpness", [0.001, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("sharpness", [0.001, 1.0, 5.0], ids=["all", "second_look", "first_look"])
 def test_top_p_over_a_large_vocabulary_equals_the_full_sort(sharpness: float) -> None:
-    """Flat: more tokens than the first look are needed; peaked: the first look is enough."""
-    vocab, p = 4 * TOP_P_CANDIDATES, 0.6
+    """The flatter the distribution, the more tokens are looked at."""
+    vocab, p = 4 * TOP_P_CANDIDATES[-1], 0.6
     logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1)) * sharpness
     kept = filtered_probabilities(logits, [SamplingParams(top_p=p)] * 2) > 0
     for row in range(2):
@@ -252,6 +252,23 @@ def test_top_p_over_a_large_vocabulary_equals_the_full_sort(sharpness: float) ->
         # float32 weights against float64: the boundary may fall one token off.
         assert abs(int(kept[row].sum()) - count) <= 1
         assert bool(kept[row, order.indices[: count - 1]].all())
+
+
+@pytest.mark.parametrize("vocab", [1, RUN - 1, RUN, RUN + 1, 5 * RUN + 7])
+def test_a_draw_lands_on_the_token_whose_share_of_the_line_it_hits(vocab: int) -> None:
+    rng = random.Random(vocab)
+    weights = torch.tensor([[rng.choice([0.0, 0.0, rng.random()]) for _ in range(vocab)]] * 64)
+    weights[:, vocab // 2] = 0.5
+    numbers = [0.0, 1.0 - 2.0**-53, *(rng.random() for _ in range(62))]
+    tokens, sound = invert_cumulative(weights, torch.tensor(numbers, dtype=torch.float64))
+    assert bool(sound.all())
+    line = weights[0].double().cumsum(0)
+    for number, token in zip(numbers, tokens.tolist(), strict=True):
+        assert weights[0, token] > 0
+        begin = float(line[token] - weights[0, token].double())
+        # Sums of float32 runs against float64: the edges may lie a rounding apart.
+        slack = 1e-6 * float(line[-1])
+        assert begin - slack <= number * float(line[-1]) <= float(line[token]) + slack
 
 
 def test_no_rows_give_no_tokens() -> None:
