@@ -161,7 +161,7 @@ def _shown(command: Command) -> dict[str, object]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 def _kv_bytes_per_token(model_dir: Path) -> int:
@@ -214,7 +214,7 @@ def run_benchmark(model: str, options: Options, *, out: Path, kv_gib: int, start
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(to_json(run))
         (out / "results.md").write_text(to_markdown(run))
-        _say(f"\nwritten: {out / 'results.md'} and results.json")
+        _say(f"written: {out / 'results.md'} and results.json")
     return run
 
 
