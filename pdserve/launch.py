@@ -188,7 +188,8 @@ def inspect_model(config: ServeConfig) -> tuple[Path, str]:
     model = read_config(path)
     with Checkpoint.open(path) as checkpoint:
         gigabytes = checkpoint.total_bytes / 1e9
-    return path, f"{model.architecture}, {model.num_layers} layers, {model.dtype}, {gigabytes:.2f} GB"
+    form = model.dtype if model.quantization is None else model.quantization.name
+    return path, f"{model.architecture}, {model.num_layers} layers, {form}, {gigabytes:.2f} GB"
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -23,7 +23,8 @@ from pdserve.models.hf_config import read_config
 from pdserve.models.llama import LlamaModel
 from pdserve.models.ops import ModelOps, Workload
 from pdserve.models.ops_cpu import CpuOps
-from pdserve.models.weights import DummySource, load_llama
+from pdserve.models.quantization.view import DequantisedView
+from pdserve.models.weights import DummySource, WeightSource, load_llama
 
 GIB: Final = 2**30
 CPU_POOL_BYTES: Final = GIB
@@ -126,7 +127,10 @@ def _load(
         digest = hashlib.sha256(b"dummy" + (model_dir / "config.json").read_bytes()).hexdigest()[:32]
         return load_llama(config, source, ops, dtype=dtype, device=device, progress=scaled), digest
     with Checkpoint.open(model_dir) as checkpoint:
-        weights = load_llama(config, checkpoint, ops, dtype=dtype, device=device, progress=scaled)
+        stored: WeightSource = checkpoint
+        if config.quantization is not None:
+            stored = DequantisedView(checkpoint, config.quantization, dtype)
+        weights = load_llama(config, stored, ops, dtype=dtype, device=device, progress=scaled)
         return weights, checkpoint.digest
 
 

@@ -89,6 +89,10 @@ class Checkpoint:
         )
 
     @property
+    def folder(self) -> str:
+        return str(self._folder)
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(self._files)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pdserve.models.quantization.scheme import Scheme
+
 
 class RopeKind(StrEnum):
     DEFAULT = "default"
@@ -50,5 +52,7 @@ class ModelConfig:
     """Tokens a layer can look back, all layers alike (Mistral v0.1); None is full attention."""
     dtype: str = "bfloat16"
     """The checkpoint's own: bfloat16, float16 or float32."""
+    quantization: Scheme | None = None
+    """How the weights are stored, where not in a type of their own."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

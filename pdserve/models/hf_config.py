@@ -11,6 +11,7 @@ from typing import Final
 from pdserve.core.errors import CheckpointError, UnsupportedArchitecture
 from pdserve.models.checkpoint import stored_dtype
 from pdserve.models.config import ModelConfig, RopeConfig, RopeKind
+from pdserve.models.quantization.read import read_scheme
 from pdserve.text.json_file import JsonObject, read_object, read_object_if_there
 
 SUPPORTED: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -22,10 +23,9 @@ _QWEN3_HEAD_DIM: Final = 128  # Qwen3Config's default
 
 def read_config(folder: Path) -> ModelConfig:
     """The model's configuration. Raises `UnsupportedArchitecture` for another family, `CheckpointError` for a
-    value that is missing, wrong, or asks for something not served (quantised weights, YaRN, mixed layers)."""
+    value that is missing, wrong, or is not served (YaRN, mixed layers, another way to quantise)."""
     config = read_object(folder / "config.json")
     architecture = _architecture(config)
-    _refuse_quantised(config, folder)
     if (act := config.get_str("hidden_act")) not in (None, "silu"):
         raise config.wrong("hidden_act", f"silu, the only activation served, not {act}")
     hidden_size, num_heads = config.positive_int("hidden_size"), config.positive_int("num_attention_heads")
@@ -52,6 +52,7 @@ def read_config(folder: Path) -> ModelConfig:
         mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get_bool("mlp_bias")),
         sliding_window=_sliding_window(config, architecture, num_layers, max_position),
         dtype=_dtype(config, folder),
+        quantization=read_scheme(config, folder),
         bos_token_id=bos,
         eos_token_ids=eos,
     )
@@ -63,22 +64,6 @@ def _architecture(config: JsonObject) -> str:
     if found not in SUPPORTED:
         raise UnsupportedArchitecture(str(found)[:80], SUPPORTED, config.file)
     return str(found)
-
-
-def _refuse_quantised(config: JsonObject, folder: Path) -> None:
-    quantisation = config.get_object("quantization_config") or config.get_object("compression_config")
-    if quantisation is not None:
-        method = quantisation.data.get("quant_method", "unnamed")
-        raise CheckpointError(
-            f"{config.file}: weights quantised with {method!s:.40} are not served; "
-            "use the checkpoint in bfloat16, float16 or float32"
-        )
-    separate = folder / "hf_quant_config.json"
-    if separate.exists():
-        raise CheckpointError(
-            f"{separate}: weights quantised with ModelOpt are not served; "
-            "use the checkpoint in bfloat16, float16 or float32"
-        )
 
 
 def _num_kv_heads(config: JsonObject, architecture: str, num_heads: int) -> int:

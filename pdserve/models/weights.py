@@ -12,12 +12,14 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from pdserve.core.errors import CheckpointError
 from pdserve.models.config import ModelConfig
 from pdserve.models.layers import DecoderLayer
 from pdserve.models.llama import LlamaModel
 from pdserve.models.ops import Linear, ModelOps, QKNorm
 
 DUMMY_NUMBERS: Final = 2**20
+PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Progress = Callable[[float, str], None]
 """(fraction in [0, 1], words for what is going on)."""
@@ -90,7 +92,12 @@ class _Loader:
         self._config, self._source, self._ops, self._dtype = config, source, ops, dtype
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        return self._source.require(name, shape).to(self._dtype)
+        found = self._source.require(name, shape)
+        if found.dtype not in PLAIN_DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r} is stored as {found.dtype}, config.json does not say how it is quantised"
+            )
+        return found.to(self._dtype)
 
     def norm(self, name: str, size: int) -> Tensor:
         return self._ops.vector(self.tensor(name, (size,)))

@@ -10,34 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdserve.core.config import CacheSettings, DType, ModelSettings
+from pdserve.core.config import DType
 from pdserve.core.errors import MissingTensor, ShapeMismatch
-from pdserve.engine.build import Engine, build_engine
 from pdserve.models.checkpoint import Checkpoint, save_checkpoint
+from tests.support.engines import BLOCK, check_reference, engine_for, prompt_of
 from tests.support.paths import shared
 from tests.support.stepping import BlockDealer, greedy, step
-from tests.support.tiny_models import FAMILIES, VOCAB, TinyModel
+from tests.support.tiny_models import FAMILIES, TinyModel
 
-BLOCK = 8
 # Sums of a few hundred float32 products in another order, through three layers.
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-4}
 
 TinyModels = Callable[[str], TinyModel]
-
-
-def engine_for(path: Path, dtype: DType = DType.FLOAT32, blocks: int = 64, block: int = BLOCK) -> Engine:
-    return build_engine(
-        path,
-        ModelSettings(dtype=dtype),
-        CacheSettings(block_size=block, num_blocks=blocks),
-        device="cpu",
-        num_threads=None,
-    )
-
-
-def prompt_of(length: int, seed: int = 1) -> list[int]:
-    rng = random.Random(seed * 1000 + length)
-    return [rng.randrange(3, VOCAB) for _ in range(length)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,17 +97,6 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tiny_model: TinyModels, tm
     save_checkpoint(tmp_path / "missing", config, cut)
     with pytest.raises(MissingTensor, match=r"layers\.1\.self_attn\.k_proj\.bias"):
         engine_for(tmp_path / "missing")
-
-
-def check_reference(engine: Engine, reference: Path, max_tokens: int) -> None:
-    """Greedy tokens of each case of a reference.json."""
-    for case in json.loads(reference.read_text())["cases"]:
-        want = case["greedy_ids"][:max_tokens]
-        sequence = BlockDealer(engine).sequence(case["prompt_ids"], room=len(want))
-        assert greedy(engine, sequence, len(want), chunk=16) == want, case["prompt"]
-        first = sequence.logits[len(case["prompt_ids"]) - 1]
-        for token, logit in case["first_step_top5"]:
-            assert float(first[token]) == pytest.approx(logit, abs=2e-3)
 
 
 def test_a_trained_model_gives_its_reference_answers() -> None:

@@ -12,6 +12,10 @@ from pdserve.core.errors import CheckpointError, UnsupportedArchitecture
 from pdserve.models.checkpoint import save_checkpoint
 from pdserve.models.config import RopeConfig, RopeKind
 from pdserve.models.hf_config import read_config
+from pdserve.models.quantization.awq import Awq
+from pdserve.models.quantization.fp8 import Fp8
+from pdserve.models.quantization.gptq import Gptq
+from pdserve.models.quantization.scheme import Scheme
 from tests.support.paths import shared
 
 LLAMA: dict[str, object] = {
@@ -156,10 +160,52 @@ def test_an_unstated_dtype_is_that_of_the_stored_weights(tmp_path: Path) -> None
     assert read_config(tmp_path).dtype == "float16"
 
 
+_GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+_AWQ: dict[str, object] = {"quant_method": "awq", "bits": 4, "group_size": 128}
+_TENSORS: dict[str, object] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+WRONG_QUANTISATIONS: list[tuple[object, list[str]]] = [
+    ("fp8", ["quantization_config", "object"]),
+    ({}, ["quant_method", "GPTQ"]),
+    ({"quant_method": "mxfp4"}, ["quant_method", "mxfp4", "AWQ"]),
+    ({"quant_method": ["fp8"]}, ["quant_method", "string"]),
+    ({"quant_method": "fp8", "fmt": "e5m2"}, ["fmt", "e4m3"]),
+    ({"quant_method": "fp8", "activation_scheme": "x"}, ["activation_scheme", "dynamic"]),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, ["weight_block_size"]),
+    ({"quant_method": "fp8", "weight_block_size": [128, 0]}, ["weight_block_size"]),
+    ({"quant_method": "fp8", "weight_block_size": [True, True]}, ["weight_block_size"]),
+    ({"quant_method": "fp8", "weight_block_size": [2**40, 1]}, ["weight_block_size"]),
+    ({"quant_method": "fp8", "modules_to_not_convert": "lm_head"}, ["modules_to_not_convert", "list"]),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, ["quant_algo", "NVFP4"]),
+    ({**_GPTQ, "bits": 3}, ["bits", "2, 4 or 8"]),
+    ({**_GPTQ, "bits": True}, ["bits"]),
+    ({**_GPTQ, "group_size": 0}, ["group_size"]),
+    ({**_GPTQ, "group_size": None}, ["group_size"]),
+    ({**_GPTQ, "group_size": 2**40}, ["group_size"]),
+    ({**_GPTQ, "desc_act": "yes"}, ["desc_act"]),
+    ({**_GPTQ, "checkpoint_format": "marlin"}, ["checkpoint_format", "marlin"]),
+    ({**_GPTQ, "is_marlin_format": True}, ["is_marlin_format"]),
+    ({**_GPTQ, "dynamic": {"+:.*": {"bits": 8}}}, ["dynamic"]),
+    ({**_AWQ, "bits": 8}, ["bits", "4"]),
+    ({**_AWQ, "version": "gemv"}, ["version", "gemv"]),
+    ({**_AWQ, "zero_point": False}, ["zero_point"]),
+    ({**_TENSORS, "format": "pack-quantized"}, ["format", "pack-quantized"]),
+    (_TENSORS, ["config_groups"]),
+    ({**_TENSORS, "config_groups": {"g": {}}}, ["config_groups"]),
+    (
+        {**_TENSORS, "config_groups": {"g": {"weights": {"type": "int", "num_bits": 8}}}},
+        ["type", "float"],
+    ),
+    (
+        {**_TENSORS, "config_groups": {"g": {"weights": {"type": "float", "num_bits": 8, "strategy": "x"}}}},
+        ["strategy"],
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM", "LlamaForCausalLM"]),
+        ({"architectures": ["GptOssForCausalLM"]}, ["GptOssForCausalLM", "LlamaForCausalLM"]),
         ({"architectures": [], "model_type": "gpt2"}, ["gpt2"]),
         ({"architectures": [["LlamaForCausalLM"]]}, ["architecture"]),
         ({"architectures": "LlamaForCausalLM"}, ["architectures", "list"]),
@@ -172,7 +218,7 @@ def test_an_unstated_dtype_is_that_of_the_stored_weights(tmp_path: Path) -> None
         ({"rope_theta": float("nan")}, ["rope_theta"]),
         ({"rope_theta": float("inf")}, ["rope_theta", "finite"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["gptq", "not served"]),
+        *((({"quantization_config": wrong}), words) for wrong, words in WRONG_QUANTISATIONS),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"hidden_size": "64"}, ["hidden_size", "integer"]),
         ({"hidden_size": True}, ["hidden_size"]),
@@ -208,17 +254,59 @@ def test_a_missing_config_is_a_typed_error(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-def test_weights_quantised_by_a_separate_file_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "{", '{"quantization": {"quant_algo": "NVFP4"}}', '{"quantization": "FP8"}']
+)
+def test_a_modelopt_file_that_is_wrong_is_named(tmp_path: Path, text: str) -> None:
     folder = folder_with(tmp_path, {})
-    (folder / "hf_quant_config.json").write_text("{}")
+    (folder / "hf_quant_config.json").write_text(text)
     with pytest.raises(CheckpointError, match="hf_quant_config"):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"quant_method": "fp8"}, Fp8(block=None)),
+        ({"quant_method": "fp8", "weight_block_size": [128, 64]}, Fp8(block=(128, 64))),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, Fp8(block=None)),
+        (_GPTQ, Gptq(bits=4, group_size=128, zeros_less_one=True)),
+        ({**_GPTQ, "group_size": -1}, Gptq(bits=4, group_size=None, zeros_less_one=True)),
+        (
+            {**_GPTQ, "checkpoint_format": "gptq_v2", "dynamic": {"-:.*gate": {}}},
+            Gptq(bits=4, group_size=128, zeros_less_one=False),
+        ),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}, Awq(group_size=64)),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {
+                    "group_0": {
+                        "weights": {
+                            "type": "float",
+                            "num_bits": 8,
+                            "strategy": "block",
+                            "block_structure": [128, 128],
+                        }
+                    }
+                },
+            },
+            Fp8(block=(128, 128)),
+        ),
+    ],
+)
+def test_what_the_config_says_of_quantised_weights(
+    tmp_path: Path, values: dict[str, object], wanted: Scheme
+) -> None:
+    assert read_config(folder_with(tmp_path, {"quantization_config": values})).quantization == wanted
 
 
 SERVED = {
     "Qwen--Qwen3-0.6B": (28, 16, 8, 128),
     "Qwen--Qwen3-8B": (36, 32, 8, 128),
     "Qwen--Qwen3-32B": (64, 64, 8, 128),
+    "Qwen--Qwen3-32B-FP8": (64, 64, 8, 128),
     "meta-llama--Llama-3.3-70B-Instruct": (80, 64, 8, 128),
     "meta-llama--Meta-Llama-3.1-405B": (126, 128, 8, 128),
     "meta-llama--Meta-Llama-3.1-70B": (80, 64, 8, 128),
@@ -240,9 +328,8 @@ def test_every_published_config_is_read_or_refused_with_a_typed_error(tmp_path: 
             assert shape == SERVED[name], name
             expected = RopeKind.LLAMA3 if "lama" in name else RopeKind.DEFAULT
             assert config.rope.kind is expected, name
-        elif "Qwen3-32B-FP8" in name:
-            with pytest.raises(CheckpointError, match="fp8"):
-                read_config(tmp_path)
+            in_blocks = name.startswith("Qwen") and "FP8" in name
+            assert config.quantization == (Fp8(block=(128, 128)) if in_blocks else None), name
         else:
             with pytest.raises(UnsupportedArchitecture):
                 read_config(tmp_path)

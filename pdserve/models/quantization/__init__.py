@@ -1,0 +1,1 @@
+"""Quantised checkpoints as they are published: FP8, GPTQ and AWQ."""

@@ -1,0 +1,60 @@
+"""Weights stored as small unsigned integers in groups: what GPTQ and AWQ have in common.
+
+Shape legend: O outputs, I inputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+CHUNK_NUMBERS: Final = 2**22
+"""Weights in float32 at a time: 16 MiB, whatever the size of the tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntWeight:
+    """weight[o, i] = (codes[o, i] - zeros[g, o]) * scales[g, o], where g is the group of input i."""
+
+    codes_OI: Tensor
+    """uint8."""
+    zeros_GO: Tensor
+    """uint8."""
+    scales_GO: Tensor
+    """Floating point, as stored."""
+    group_of_I: Tensor | None
+    """int64; None where groups are runs of I / G neighbours."""
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """[O, I], computed in float32 and rounded once."""
+        outputs, inputs = self.codes_OI.shape
+        out = torch.empty(outputs, inputs, dtype=dtype)
+        rows = max(1, CHUNK_NUMBERS // inputs)
+        for first in range(0, outputs, rows):
+            part = slice(first, first + rows)
+            zeros_CG = self.zeros_GO[:, part].t().float()
+            scales_CG = self.scales_GO[:, part].t().float()
+            codes_CI = self.codes_OI[part].float()
+            if self.group_of_I is None:
+                codes = codes_CI.view(codes_CI.shape[0], zeros_CG.shape[1], -1)
+                codes.sub_(zeros_CG.unsqueeze(-1)).mul_(scales_CG.unsqueeze(-1))
+            else:
+                codes_CI.sub_(zeros_CG[:, self.group_of_I]).mul_(scales_CG[:, self.group_of_I])
+            out[part] = codes_CI
+        return out
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes in an int32 tensor, lowest bits first: [..., n] becomes uint8 [..., n * 32 / bits].
+
+    bits is 2, 4 or 8. Little-endian hosts only, as every one that torch is built for here.
+    """
+    as_bytes = packed.reshape(-1).view(torch.uint8).view(*packed.shape[:-1], -1)
+    if bits == 8:
+        return as_bytes
+    mask = 2**bits - 1
+    parts = [(as_bytes >> shift) & mask for shift in range(0, 8, bits)]
+    return torch.stack(parts, dim=-1).flatten(-2)

@@ -1,0 +1,39 @@
+"""A quantised checkpoint seen as one of plain weights, each multiplied out when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pdserve.core.errors import ShapeMismatch
+from pdserve.models.quantization.scheme import Scheme, StoredTensors
+
+WEIGHT = ".weight"
+
+
+class DequantisedView:
+    """`WeightSource` over a quantised checkpoint: any model loads from it as if it had never been quantised.
+
+    Holds nothing: beside what the caller keeps, one tensor is in memory at a time.
+    """
+
+    def __init__(self, stored: StoredTensors, scheme: Scheme, dtype: torch.dtype) -> None:
+        """dtype: of the weights that were quantised; the others come as they are stored."""
+        self._stored, self._scheme, self._dtype = stored, scheme, dtype
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the stored tensors."""
+        return self._stored.names
+
+    def require(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The tensor, after checking its shape. Raises `CheckpointError`s."""
+        module = name.removesuffix(WEIGHT)
+        if not name.endswith(WEIGHT) or not self._scheme.holds(self._stored, module):
+            return self._stored.require(name, shape)
+        found = self._scheme.shape(self._stored, module)
+        if found != tuple(shape):
+            raise ShapeMismatch(name, self._stored.folder, tuple(shape), found)
+        return self._scheme.weight(self._stored, module, self._dtype)
