@@ -62,11 +62,13 @@ class CpuOps:
             head_dim=head_dim,
             itemsize=pool_NL2KBD.element_size(),
         )
+        self._pool = pool_NL2KBD
         self._token_rows = pool_NL2KBD.view(-1, head_dim)
         self._head_rows = pool_NL2KBD.view(-1, block_tokens * head_dim)
 
     def plan(self, slices: Sequence[SliceMeta]) -> CpuPlan:
         window = self._config.sliding_window
+        self._clear_tails(slices)
         positions = torch.cat([torch.arange(m.start, m.start + m.length) for m in slices])
         return CpuPlan(
             cos_T1D=self._cos_PD[positions].unsqueeze(1),
@@ -75,6 +77,19 @@ class CpuOps:
             decode=decode_groups([m for m in slices if m.length == 1], self._geometry, window),
             prefill=tuple(prefill_group(m, self._geometry, window) for m in slices if m.length > 1),
         )
+
+    def _clear_tails(self, slices: Sequence[SliceMeta]) -> None:
+        """Zero each block that a slice begins and does not fill.
+
+        Attention multiplies the rows behind the last token by a weight of zero: an infinity that a former
+        user of the block left there would reach this one's answer as NaN.
+        """
+        size = self._geometry.block_tokens
+        for meta in slices:
+            end = meta.start + meta.length
+            last = (end - 1) // size
+            if end % size and last * size >= meta.start:
+                self._pool[meta.blocks[last]].zero_()
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         # x * w / sqrt(|x|^2 / E + eps), in fewer passes than torch's own; `vector` has put sqrt(E) into w.

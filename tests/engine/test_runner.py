@@ -49,6 +49,15 @@ def test_rows_come_back_in_slice_order_as_each_slice_asks(engine: Engine) -> Non
     torch.testing.assert_close(together, torch.cat([alone["last"], alone["all"]]), rtol=1e-4, atol=1e-4)
 
 
+def test_what_a_former_user_left_in_a_block_never_reaches_the_next_one(engine: Engine) -> None:
+    steps = [piece([3, 4, 5, 6, 7, 8]), piece([9], start=6), piece([10], start=7), piece([11], start=8)]
+    clean = [engine.runner.forward([step]) for step in steps]
+    engine.runner.pools[0].tensor.fill_(float("nan"))
+    assert all(
+        torch.equal(engine.runner.forward([step]), want) for step, want in zip(steps, clean, strict=True)
+    )
+
+
 def test_each_group_of_layers_is_announced_when_its_kv_is_in_the_pool(engine: Engine) -> None:
     pool = engine.runner.pools[0].tensor
     engine.runner.forward([piece([3, 4, 5, 6, 7])])
