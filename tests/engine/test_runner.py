@@ -90,8 +90,11 @@ def test_only_the_blocks_of_the_step_are_written(engine: Engine) -> None:
     engine.runner.forward([piece([3] * 6, first_block=5)])
     touched = {int(block) for block in (pool != 7.0).flatten(1).any(dim=1).nonzero()}
     assert touched == {5, 6}
-    # The second block holds two of its four tokens.
-    assert bool((pool[6, :, :, :, 2:] == 7.0).all())
+    # The second block holds two of its four tokens; what was behind them is gone.
+    assert bool((pool[6, :, :, :, 2:] == 0.0).all())
+    pool[6, :, :, :, 3:] = 7.0
+    engine.runner.forward([piece([4], start=6, first_block=5)])
+    assert bool((pool[6, :, :, :, 3:] == 7.0).all()), "a block that was begun before is not cleared again"
 
 
 @pytest.mark.parametrize(
