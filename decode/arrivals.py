@@ -76,3 +76,5 @@ class NoteStats:
     """Of an attempt that had ended here; its blocks were still in quarantine."""
     unknown: int = 0
     malformed: int = 0
+    corrupt: int = 0
+    """Whose bytes were not those that were sent; each fails its attempt."""

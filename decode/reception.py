@@ -61,6 +61,8 @@ class Reception:
     def note(self, event: NoteArrived) -> tuple[DecodeRun, PdServeError | None] | None:
         """A push has landed. The sequence that is whole now, or the one that cannot be any more, and why."""
         try:
+            if event.error and not event.note:
+                raise ProtocolError(event.error)
             note = decode(event.note)
         except ProtocolError as error:
             self.notes.malformed += 1
@@ -68,7 +70,7 @@ class Reception:
             return None
         match note:
             case PushNote():
-                return self._landed(note)
+                return self._landed(note, event.error)
             case PushesSettled(attempt=attempt):
                 return self._given_up(attempt, event.peer)
             case _:
@@ -156,7 +158,7 @@ class Reception:
         times += [q.release_at for q in self._quarantines.values() if q.release_at is not None]
         return min(times, default=None)
 
-    def _landed(self, note: PushNote) -> tuple[DecodeRun, CorruptTransfer | None] | None:
+    def _landed(self, note: PushNote, wrong: str) -> tuple[DecodeRun, CorruptTransfer | None] | None:
         run = self._runs.get(note.attempt)
         if run is None:
             self._late(note)
@@ -164,6 +166,13 @@ class Reception:
         if not run.arrivals.add(note):
             self.notes.duplicate += 1
             return None
+        if wrong:
+            self.notes.corrupt += 1
+            what = (
+                f"attempt {run.attempt}: push {note.sequence} of {run.source and run.source.worker}: {wrong}"
+            )
+            log.error("%s: %s", self._worker, what)
+            return run, CorruptTransfer(what)
         error = run.arrivals.error(run.attempt, len(run.spec.tokens))
         return (run, error) if error is not None or run.arrivals.complete else None
 

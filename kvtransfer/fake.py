@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvtransfer.local import LocalBackend, LocalHub, Port
-from kvtransfer.protocol import NoteArrived, Outcome, Path, PoolRegion, Push, PushEnded, TransferEvent
-from kvtransfer.spans import push_bytes, push_spans
+from kvtransfer.protocol import Outcome, Path, PoolRegion, Push, PushEnded, TransferEvent
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
@@ -116,7 +115,7 @@ class FakeBackend(LocalBackend):
         faults = self._faults
         due = now + self._random.uniform(*faults.delay_s)
         if faults.gigabytes_per_s is not None:
-            due += push_bytes(push, self._regions[push.group].layout) / (faults.gigabytes_per_s * 1e9)
+            due += self._way(push).size_bytes(push) / (faults.gigabytes_per_s * 1e9)
         if not faults.reorder:
             due = max(due, self._last_due)
         self._last_due = due
@@ -134,7 +133,7 @@ class FakeBackend(LocalBackend):
         except TransferError as error:
             self._fail(push, error)
             return
-        moved = push_bytes(push, self._regions[push.group].layout)
+        moved = self._way(push).size_bytes(push)
         self._events.append(
             PushEnded(id=push.id, outcome=Outcome.COMPLETED, bytes_moved=moved, seconds=due - started)
         )
@@ -151,18 +150,17 @@ class FakeBackend(LocalBackend):
         if flipping:
             self._flip_a_byte(push, port)
         for _ in range(2 if twice else 1):
-            port.deliver(NoteArrived(peer=self._worker, note=push.note))
+            self._notify(push, port)
 
     def _copy_half(self, push: Push, port: Port) -> None:
         if port.closed:
             return
-        layout = self._regions[push.group].layout
         source, target = self._port.pools[push.group], port.pools[push.group]
-        for src, dst, length in push_spans(push, layout):
+        for src, dst, length in self._way(push).spans(push):
             target[dst : dst + length // 2] = source[src : src + length // 2]
 
     def _flip_a_byte(self, push: Push, port: Port) -> None:
-        _, dst, length = self._random.choice(push_spans(push, self._regions[push.group].layout))
+        _, dst, length = self._random.choice(self._way(push).spans(push))
         port.pools[push.group][dst + self._random.randrange(length)] ^= 0xFF
 
     def _forget(self, push: Push) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import time
@@ -13,9 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
+from kvtransfer.geometry import Route, plan_routes
+from kvtransfer.integrity import memory
 from kvtransfer.metadata import PeerMetadata, encode_metadata, fingerprint_digest, meet, remote_pools
 from kvtransfer.protocol import (
     NoteArrived,
@@ -29,12 +27,10 @@ from kvtransfer.protocol import (
     PushEnded,
     TransferEvent,
 )
-from kvtransfer.spans import push_bytes, push_spans, require_blocks, require_push, require_regions
+from kvtransfer.spans import require_blocks, require_push, require_regions
 from pdserve.core.errors import ConfigError, PeerLost, TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class Port:
@@ -46,7 +42,7 @@ class Port:
     def __init__(self, worker: WorkerId, epoch: int, regions: Sequence[PoolRegion]) -> None:
         self.worker, self.epoch = worker, epoch
         self.lock = threading.Lock()
-        self.pools = [_view(region) for region in regions]
+        self.pools = [memory(region) for region in regions]
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.closed = False
         self._inbox: deque[NoteArrived] = deque()
@@ -121,6 +117,7 @@ class LocalBackend:
         self._regions = tuple(regions)
         self._port = Port(worker, epoch, regions)
         self._peers: dict[WorkerId, int] = {}
+        self._routes: dict[WorkerId, tuple[Route | None, ...]] = {}
         self._events: list[TransferEvent] = []
         hub.enter(self._port)
 
@@ -159,6 +156,7 @@ class LocalBackend:
         meet(self._fingerprint, peer, epoch, fingerprint, metadata, self.PATH)
         self._hub.find(peer, epoch)
         self._peers[peer] = epoch
+        self._routes[peer] = plan_routes(self._fingerprint, fingerprint)
         self._events.append(PeerConnected(peer=peer, epoch=epoch, path=self.path(peer)))
 
     def disconnect(self, peer: WorkerId, epoch: int | None = None) -> None:
@@ -166,14 +164,18 @@ class LocalBackend:
         if known is not None and (epoch is None or known <= epoch):
             del self._peers[peer]
 
+    def route(self, peer: WorkerId, group: int) -> Route | None:
+        if peer not in self._peers or not 0 <= group < len(self._regions):
+            return None
+        return self._routes[peer][group]
+
     def submit(self, push: Push) -> None:
         started = time.perf_counter()
         try:
-            self._write(push)
+            moved = self._write(push)
         except TransferError as error:
             self._fail(push, error)
             return
-        moved = push_bytes(push, self._regions[push.group].layout)
         self._events.append(
             PushEnded(
                 id=push.id,
@@ -197,11 +199,17 @@ class LocalBackend:
 
     # --- shared with the fake backend ---------------------------------------------------------------
 
-    def _write(self, push: Push) -> None:
-        """Copy the bytes, then deliver the note. Raises `TransferError`."""
+    def _write(self, push: Push) -> int:
+        """Copy the bytes, then deliver the note; how many they were. Raises `TransferError`."""
         port = self._target(push)
         with port.lock:
-            self._copy(push, port)
+            route = self._copy(push, port)
+            self._notify(push, port)
+        return route.size_bytes(push)
+
+    def _notify(self, push: Push, port: Port) -> None:
+        """With the port's lock held."""
+        if push.note is not None:
             port.deliver(NoteArrived(peer=self._worker, note=push.note))
 
     def _target(self, push: Push) -> Port:
@@ -209,25 +217,30 @@ class LocalBackend:
         epoch = self._peers.get(push.peer)
         if epoch is None:
             raise PeerLost(push.peer, "it is not connected")
-        return self._hub.find(push.peer, epoch)
+        port = self._hub.find(push.peer, epoch)
+        self._way(push)
+        return port
 
-    def _copy(self, push: Push, port: Port) -> None:
+    def _way(self, push: Push) -> Route:
+        route = self._routes[push.peer][push.group]
+        if route is None:
+            raise TransferError(f"push {push.id}: this rank holds no heads that {push.peer} takes from it")
+        route.require(push)
+        return route
+
+    def _copy(self, push: Push, port: Port) -> Route:
         """With the port's lock held."""
         if port.closed:
             raise PeerLost(push.peer, "it has closed")
-        layout = self._regions[push.group].layout
+        route = self._way(push)
         source, target = self._port.pools[push.group], port.pools[push.group]
-        require_blocks(push.id, "destination", push.dst_blocks, len(target) // layout.block_bytes)
-        for src, dst, length in push_spans(push, layout):
+        require_blocks(push.id, "destination", push.dst_blocks, len(target) // route.dst.block_bytes)
+        for src, dst, length in route.spans(push):
             # numpy copies with the GIL released; ctypes.memmove would hold it
             target[dst : dst + length] = source[src : src + length]
+        return route
 
     def _fail(self, push: Push, error: TransferError) -> None:
         self._events.append(PushEnded(id=push.id, outcome=Outcome.FAILED, error=str(error)))
         if isinstance(error, PeerLost) and self._peers.pop(push.peer, None) is not None:
             self._events.append(PeerFailed(peer=push.peer, error=str(error)))
-
-
-def _view(region: PoolRegion) -> Bytes:
-    memory = (ctypes.c_uint8 * region.size_bytes).from_address(region.address)
-    return np.ctypeslib.as_array(memory)

@@ -1,6 +1,7 @@
 """Pushes through NIXL: shared memory or TCP between processes on CPUs, NVLink or RDMA between GPUs.
 
-One prepared list per pool, a unit per layer of a block; NIXL merges neighbours, so whole blocks and runs of
+One prepared list per pool, a unit per layer of a block (a head of a grain for a peer of another shape:
+`geometry`); NIXL merges neighbours, so whole blocks and runs of
 blocks go out as one piece. Naming units takes 48 us for 8 whole blocks of 30 layers and 13 us for 8 layers of
 them; describing each push's memory anew, the alternative, took 84 us and 21 us in the same run.
 
@@ -19,6 +20,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+import numpy as np
+
+from kvtransfer.geometry import Route, plan_routes
 from kvtransfer.metadata import (
     PeerMetadata,
     RemotePool,
@@ -27,7 +31,7 @@ from kvtransfer.metadata import (
     meet,
     remote_pools,
 )
-from kvtransfer.nixl_agent import AgentError, Memory, NixlAgent, PeerDisconnected, State, units
+from kvtransfer.nixl_agent import AgentError, Memory, NixlAgent, PeerDisconnected, State
 from kvtransfer.nixl_peer import Flight, Peer, Phase
 from kvtransfer.path import LARGE_BYTES, SMALL_BYTES, Probe, has_rdma, host_identity, slow_path
 from kvtransfer.protocol import (
@@ -43,7 +47,7 @@ from kvtransfer.protocol import (
     TransferEvent,
 )
 from kvtransfer.scratch import Scratch, require_shareable
-from kvtransfer.spans import push_bytes, require_blocks, require_push, require_regions
+from kvtransfer.spans import require_blocks, require_push, require_regions
 from pdserve.core.config import TcpFallback
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import WorkerId
@@ -86,12 +90,12 @@ class NixlBackend:
         self._rdma = has_rdma()
         self._scratch = Scratch(LARGE_BYTES, regions[0].device if regions else None)
         self._agent = NixlAgent(f"{worker}@{epoch}", ucx=ucx)
-        self._lists = [
-            self._register(r.address, r.size_bytes, r.device, r.layout.layer_bytes) for r in regions
-        ]
-        self._scratch_list = self._register(
-            self._scratch.address, LARGE_BYTES, self._scratch.device, SMALL_BYTES
-        )
+        for region in regions:
+            self._agent.register(_memory(region))
+        self._lists: dict[tuple[int, int], int] = {}
+        scratch = Memory(self._scratch.address, LARGE_BYTES, self._scratch.device)
+        self._agent.register(scratch)
+        self._scratch_list = self._agent.prepare(None, scratch, SMALL_BYTES)
         self._host = host_identity()
         self._metadata = self._describe()
         self._blind = not self._agent.wake_fds or self._rdma
@@ -135,7 +139,7 @@ class NixlBackend:
                     self._events.append(PeerConnected(peer=peer, epoch=epoch, path=known.path))
                 return
             self._retire(known)
-        self._peers[peer] = self._meet(found)
+        self._peers[peer] = self._meet(found, fingerprint)
 
     def disconnect(self, peer: WorkerId, epoch: int | None = None) -> None:
         gone = [p for p in self._all_peers() if p.worker == peer and (epoch is None or p.epoch <= epoch)]
@@ -147,16 +151,17 @@ class NixlBackend:
             one.flights.clear()
             self._forget(one)
 
-    def _meet(self, found: PeerMetadata) -> Peer:
+    def _meet(self, found: PeerMetadata, theirs: Fingerprint) -> Peer:
         if found.scratch is None:
             raise TransferError(f"peer {found.worker} offers no scratch memory to probe")
+        routes = plan_routes(self._fingerprint, theirs)
         name = self._agent.add_peer(found.agent_metadata)
         lists: list[int] = []
         try:
-            for pool, region in zip(found.pools, self._regions, strict=True):
-                size_bytes = pool.num_blocks * region.layout.block_bytes
-                memory = Memory(pool.address, size_bytes, pool.device)
-                lists.append(self._agent.prepare(name, memory, region.layout.layer_bytes))
+            for pool, layout, route in zip(found.pools, theirs.layouts, routes, strict=True):
+                memory = Memory(pool.address, pool.num_blocks * layout.block_bytes, pool.device)
+                unit_bytes = layout.layer_bytes if route is None else route.unit_bytes
+                lists.append(self._agent.prepare(name, memory, unit_bytes))
             memory = Memory(found.scratch.address, LARGE_BYTES, found.scratch.device)
             lists.append(self._agent.prepare(name, memory, SMALL_BYTES))
         except AgentError:
@@ -173,7 +178,7 @@ class NixlBackend:
             clock=self._clock,
         )
         both_rdma = self._rdma and found.rdma
-        return Peer(found.worker, found.epoch, name, found.pools, lists, probe, same_host, both_rdma)
+        return Peer(found.worker, found.epoch, name, found.pools, routes, lists, probe, same_host, both_rdma)
 
     def _retire(self, peer: Peer) -> None:
         """A newer process or a fresh connection takes its place; what is under way is seen to its end."""
@@ -208,6 +213,10 @@ class NixlBackend:
 
     # --- pushes -------------------------------------------------------------------------------------
 
+    def route(self, peer: WorkerId, group: int) -> Route | None:
+        known = self._peers.get(peer)
+        return known.routes[group] if known is not None and 0 <= group < len(known.routes) else None
+
     def submit(self, push: Push) -> None:
         peer = self._peers.get(push.peer)
         if peer is None:
@@ -222,16 +231,18 @@ class NixlBackend:
     def _start(self, peer: Peer, push: Push) -> None:
         handle = None
         began = self._clock()
+        note = b"" if push.note is None else _NOTE + push.note
         try:
-            handle = self._make(peer, push)
-            state = self._agent.post(handle, _NOTE + push.note)
+            route = self._way(peer, push)
+            handle = self._make(peer, push, route, note)
+            state = self._agent.post(handle, note)
         except PeerDisconnected as error:
             self._events.append(self._push_failed(push, str(error)))
             self._fail_peer(peer, str(error))
         except TransferError as error:
             self._events.append(self._push_failed(push, str(error)))
         else:
-            flight = Flight(handle, push, push_bytes(push, self._regions[push.group].layout), began)
+            flight = Flight(handle, push, route.size_bytes(push), began)
             if state is State.RUNNING:
                 peer.flights.append(flight)
                 return
@@ -239,17 +250,33 @@ class NixlBackend:
         if handle is not None:
             self._release(handle)
 
-    def _make(self, peer: Peer, push: Push) -> int:
+    def _way(self, peer: Peer, push: Push) -> Route:
+        """The push's route, once all of it is in order. Raises `TransferError`."""
         require_push(push, self._regions)
+        route = peer.routes[push.group]
+        if route is None:
+            raise TransferError(f"push {push.id}: this rank holds no heads that {push.peer} takes from it")
+        route.require(push)
         require_blocks(push.id, "destination", push.dst_blocks, peer.pools[push.group].num_blocks)
-        num_layers = self._regions[push.group].layout.group.num_layers
+        return route
+
+    def _make(self, peer: Peer, push: Push, route: Route, note: bytes) -> int:
+        src, dst = route.units(push)
         return self._agent.write(
-            self._lists[push.group],
-            units(push.src_blocks, push.layers, num_layers),
+            self._own_list(push.group, route.unit_bytes),
+            src.astype(np.int32),
             peer.lists[push.group],
-            units(push.dst_blocks, push.layers, num_layers),
-            _NOTE + push.note,
+            dst.astype(np.int32),
+            note,
         )
+
+    def _own_list(self, group: int, unit_bytes: int) -> int:
+        """This worker's pool cut into units; each size is prepared once."""
+        handle = self._lists.get((group, unit_bytes))
+        if handle is None:
+            handle = self._agent.prepare(None, _memory(self._regions[group]), unit_bytes)
+            self._lists[group, unit_bytes] = handle
+        return handle
 
     def _refuse(self, push: Push, why: str) -> None:
         self._events.append(self._push_failed(push, why))
@@ -366,11 +393,6 @@ class NixlBackend:
 
     # --- the ends -----------------------------------------------------------------------------------
 
-    def _register(self, address: int, size_bytes: int, device: int | None, unit_bytes: int) -> int:
-        memory = Memory(address, size_bytes, device)
-        self._agent.register(memory)
-        return self._agent.prepare(None, memory, unit_bytes)
-
     def _describe(self) -> bytes:
         return encode_metadata(
             PeerMetadata(
@@ -397,8 +419,12 @@ class NixlBackend:
         for handle in self._unreleased:
             with contextlib.suppress(AgentError):
                 self._agent.release(handle)
-        for handle in (*self._lists, self._scratch_list):
+        for handle in (*self._lists.values(), self._scratch_list):
             with contextlib.suppress(AgentError):
                 self._agent.unprepare(handle)
         self._agent.drain()
         self._agent.close()
+
+
+def _memory(region: PoolRegion) -> Memory:
+    return Memory(region.address, region.size_bytes, region.device)

@@ -21,7 +21,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -283,9 +283,3 @@ def _bytes_sent(fd: int) -> int:
         return 0
     (acked,) = struct.unpack_from("<Q", info, _TCP_INFO_BYTES_ACKED)
     return int(acked)
-
-
-def units(blocks: Sequence[int], layers: tuple[int, int], num_layers: int) -> npt.NDArray[np.int32]:
-    """Indices of (block, layer) units in a pool prepared with a unit per layer of a block."""
-    rows = np.asarray(blocks)[:, None] * num_layers
-    return (rows + np.arange(layers[0], layers[1])).astype(np.int32).ravel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvtransfer.geometry import Route
 from kvtransfer.metadata import RemotePool
 from kvtransfer.path import Probe
 from kvtransfer.protocol import Path, PathInfo, Push
@@ -40,6 +41,7 @@ class Peer:
     epoch: int
     agent: str
     pools: tuple[RemotePool, ...]
+    routes: tuple[Route | None, ...]
     lists: list[int]
     probe: Probe
     same_host: bool

@@ -3,7 +3,7 @@
 A backend is driven by one thread (`TransferService`); none of its methods is called from two at once.
 Completions and arrivals come back as events from `poll`.
 
-    submit ──> queued in the service (FIFO per peer, bounded bytes under way)
+    submit ──> queued in the service (requests take turns, bounded bytes under way)
                  │ deadline passes: TIMED_OUT, then CANCELLED at once (no byte has moved)
                  v
                under way in the backend ──> COMPLETED | FAILED
@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pdserve.core.ids import BlockId, WorkerId
 from pdserve.core.layout import Fingerprint, GroupLayout
 
-DEFAULT_INFLIGHT_BYTES: Final = 256 << 20
+if TYPE_CHECKING:
+    from kvtransfer.geometry import Route
+
+DEFAULT_INFLIGHT_BYTES: Final = 32 << 20
 """Bytes under way to one peer before further pushes wait in the service's queue."""
 
 
@@ -49,9 +52,10 @@ class PoolRegion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Push:
-    """Write layers [layers[0], layers[1]) of `src_blocks` into the peer's `dst_blocks`, pairwise.
+    """Write layers [layers[0], layers[1]) of the tokens in `src_blocks` into the peer's `dst_blocks`.
 
-    `note` is delivered to the peer after the bytes. No block is reused before its push is terminal.
+    Blocks are in the order of their tokens; between pools of one block size they go pairwise. No block is
+    reused before its push is terminal.
     """
 
     id: int
@@ -60,9 +64,17 @@ class Push:
     src_blocks: tuple[BlockId, ...]
     dst_blocks: tuple[BlockId, ...]
     layers: tuple[int, int]
-    note: bytes
+    note: bytes | None
+    """Delivered to the peer after the bytes. None: nothing is."""
     deadline: float
     """On the clock given to the service, seconds."""
+    flow: str = ""
+    """Pushes to a peer take turns by flow; a request is one."""
+    src_token: int = 0
+    """The first token's place in `src_blocks[0]`."""
+    dst_token: int = 0
+    num_tokens: int | None = None
+    """None: to the end of the last source block."""
 
 
 class Outcome(StrEnum):
@@ -100,6 +112,8 @@ class NoteArrived:
 
     peer: WorkerId
     note: bytes
+    error: str = ""
+    """Its bytes are not those that were sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +191,11 @@ class TransferBackend(Protocol):
 
         Its unfinished pushes end as FAILED. A no-op for a peer that is unknown or newer.
         """
+        ...
+
+    def route(self, peer: WorkerId, group: int) -> Route | None:
+        """The way from this worker's pool to a peer's; None for a peer that was not met, and for one that
+        gets nothing from this rank."""
         ...
 
     def submit(self, push: Push) -> None:

@@ -8,24 +8,31 @@ share of a core while idle: this 0.3% (0.03% were it not for the 50 ms that the 
 a descriptor fails to tell), a timer of 1 ms 4.7%, NIXL's progress thread 39% as shipped and 2.4% with a delay
 of 1 ms. A note is an event 0.4 ms (best), 0.7 ms (median) after an idle sender's `submit`: docs/transfer.md.
 
-Order. Pushes to one peer start in the order of `submit`; at most `max_inflight_bytes` of them are under way.
-Peers take turns, one push each, with a `poll` between, so notes are seen while a long backlog is sent.
+Order. The pushes of a flow to one peer start in the order of `submit`; flows take turns by bytes (`queues`),
+and at most `max_inflight_bytes` are under way to one peer. Peers take turns too, a fragment of a push each,
+with a `poll` between, so notes are seen while a long backlog is sent.
+
+Notes travel in an envelope with the digest of their push, where it has one (`integrity`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import os
 import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, assert_never
 
+from kvtransfer.integrity import Verifier, seal
 from kvtransfer.protocol import (
     DEFAULT_INFLIGHT_BYTES,
+    NoteArrived,
     Outcome,
     PeerFailed,
     Push,
@@ -34,7 +41,9 @@ from kvtransfer.protocol import (
     TransferEvent,
     TransferStopped,
 )
-from kvtransfer.spans import push_bytes, require_push
+from kvtransfer.queues import FRAGMENT_BYTES, Fragment, PeerQueue, Sending, fragments
+from kvtransfer.spans import require_push
+from pdserve.core.config import Verify
 from pdserve.core.errors import InvariantViolated, TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
@@ -72,24 +81,6 @@ class _Disconnect:
 _Command = _Submit | _Connect | _Disconnect
 
 
-@dataclass(slots=True)
-class _Live:
-    """A push that has not ended."""
-
-    push: Push
-    size_bytes: int
-    started: bool = False
-    timed_out: bool = False
-
-
-@dataclass(slots=True)
-class _Queue:
-    """One peer's pushes: those that wait, and the bytes of those under way."""
-
-    waiting: deque[int] = field(default_factory=deque)
-    inflight_bytes: int = 0
-
-
 class TransferService:
     """Owns the thread that drives one backend. Every method returns at once; outcomes are events.
 
@@ -103,19 +94,23 @@ class TransferService:
         clock: Callable[[], float] = time.monotonic,
         *,
         max_inflight_bytes: int = DEFAULT_INFLIGHT_BYTES,
+        verify: Verify = Verify.AUTO,
+        fragment_bytes: int = FRAGMENT_BYTES,
     ) -> None:
         self._backend, self._on_event, self._clock = backend, on_event, clock
-        self._max_inflight_bytes = max_inflight_bytes
+        self._max_inflight_bytes, self._fragment_bytes = max_inflight_bytes, fragment_bytes
         self._lock = threading.Lock()
         self._commands: deque[_Command] = deque()
         self._ids: set[int] = set()
         self._stopping = False
         self._ended = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._live: dict[int, _Live] = {}
-        self._queues: dict[WorkerId, _Queue] = {}
+        self._live: dict[int, Sending] = {}
+        self._queues: dict[WorkerId, PeerQueue] = {}
+        self._whose: dict[int, Sending] = {}
+        self._fragment_ids = itertools.count(-1, -1)
+        self._verifier = Verifier(backend.regions, verify)
         self._next_deadline = float("inf")
-        self._num_started = 0
         self._thread = threading.Thread(target=self._main, name="kv-transfer", daemon=True)
 
     # --- any thread ---------------------------------------------------------------------------------
@@ -196,11 +191,11 @@ class TransferService:
             self._commands.clear()
             os.close(self._wake_fd)
         for push in late:
-            self._live[push.id] = _Live(push, 0)
+            self._live[push.id] = Sending(push=push)
         why = error or "the transfer service stopped"
-        for push_id, live in list(self._live.items()):
-            outcome = Outcome.FAILED if live.started else Outcome.CANCELLED
-            self._end(PushEnded(id=push_id, outcome=outcome, error=why))
+        for sending in list(self._live.values()):
+            sending.give_up(why)
+            self._end(sending)
         self._on_event(TransferStopped(error=error))
 
     def _loop(self) -> None:
@@ -231,7 +226,7 @@ class TransferService:
     def _wait_s(self, now: float, quiet_polls: int) -> float | None:
         """How long to sleep: not at all, until something wakes us, or at most so many seconds."""
         wait = self._backend.max_wait_s(now)
-        if self._num_started:
+        if self._whose:
             patience = _patience(quiet_polls)
             wait = patience if wait is None else min(wait, patience)
         if self._next_deadline < float("inf"):
@@ -261,76 +256,125 @@ class TransferService:
                 assert_never(command)
 
     def _enqueue(self, push: Push) -> None:
-        live = self._live[push.id] = _Live(push, 0)
+        sending = self._live[push.id] = Sending(push=push)
+        route = self._backend.route(push.peer, push.group)
         try:
             require_push(push, self._backend.regions)
+            if route is not None:
+                route.require(push)
         except TransferError as error:
-            self._end(PushEnded(id=push.id, outcome=Outcome.FAILED, error=str(error)))
+            sending.give_up(str(error))
+            sending.began = self._clock()  # it counts as tried: FAILED
+            self._end(sending)
             return
-        live.size_bytes = push_bytes(push, self._backend.regions[push.group].layout)
-        self._queues.setdefault(push.peer, _Queue()).waiting.append(push.id)
+        sending.fragments.extend(fragments(push, route, self._fragment_bytes))
+        sending.route, sending.size_bytes = route, 0 if route is None else route.size_bytes(push)
+        queue = self._queues.get(push.peer)
+        if queue is None:
+            queue = self._queues[push.peer] = PeerQueue(
+                max_inflight_bytes=self._max_inflight_bytes, quantum_bytes=self._fragment_bytes
+            )
+        queue.add(sending)
         self._next_deadline = min(self._next_deadline, push.deadline)
 
     def _start_some(self) -> bool:
-        """Hand the backend one push per peer that has room; False when there was nothing to start."""
+        """Hand the backend one fragment per peer that has room; False when there was nothing to start."""
         started = False
         for peer, queue in list(self._queues.items()):
-            while queue.waiting and queue.waiting[0] not in self._live:
-                queue.waiting.popleft()
-            if not queue.waiting:
-                if not queue.inflight_bytes:
-                    del self._queues[peer]
-                continue
-            live = self._live[queue.waiting[0]]
-            room = queue.inflight_bytes + live.size_bytes <= self._max_inflight_bytes
-            if room or not queue.inflight_bytes:
-                queue.waiting.popleft()
-                queue.inflight_bytes += live.size_bytes
-                live.started = started = True
-                self._num_started += 1
-                self._backend.submit(live.push)
+            taken = queue.take()
+            if taken is not None:
+                started = True
+                self._start(*taken)
+            elif queue.idle:
+                del self._queues[peer]
         return started
+
+    def _start(self, sending: Sending, fragment: Fragment) -> None:
+        push, route = sending.push, sending.route
+        if not sending.started:
+            sending.began = self._clock()
+            if route is not None:
+                sending.digest = self._verifier.digest(push.peer, self._backend.path(push.peer))
+        if sending.digest is not None and route is not None:
+            self._verifier.add(sending.digest, fragment.push, route)
+        whole = fragment.last and not sending.bytes_moved
+        fragment_id = push.id if whole else next(self._fragment_ids)
+        note = seal(push, route, sending.digest) if fragment.last and push.note is not None else None
+        sending.under_way[fragment_id] = fragment.size_bytes
+        self._whose[fragment_id] = sending
+        self._backend.submit(dataclasses.replace(fragment.push, id=fragment_id, note=note))
 
     def _handle(self, event: TransferEvent) -> None:
         match event:
             case PushEnded():
-                self._end(event)
+                self._fragment_ended(event)
+            case NoteArrived():
+                self._on_event(self._verifier.open(event))
             case PeerFailed(peer=peer, error=error):
                 self._on_event(event)
-                self._fail_waiting(peer, error)
+                queue = self._queues.get(peer)
+                self._give_up([] if queue is None else queue.waiting(), error)
             case _:
                 self._on_event(event)
 
-    def _fail_waiting(self, peer: WorkerId, error: str) -> None:
-        queue = self._queues.get(peer)
-        while queue is not None and queue.waiting:
-            push_id = queue.waiting.popleft()
-            if push_id in self._live:
-                self._end(PushEnded(id=push_id, outcome=Outcome.FAILED, error=error))
-
-    def _expire(self, now: float) -> None:
-        for push_id, live in list(self._live.items()):
-            if live.timed_out or now < live.push.deadline:
-                continue
-            live.timed_out = True
-            why = f"not terminal at its deadline, {'under way' if live.started else 'still waiting'}"
-            self._on_event(PushEnded(id=push_id, outcome=Outcome.TIMED_OUT, error=why))
-            if not live.started:
-                self._end(PushEnded(id=push_id, outcome=Outcome.CANCELLED, error=why))
-        open_ones = (live.push.deadline for live in self._live.values() if not live.timed_out)
-        self._next_deadline = min(open_ones, default=float("inf"))
-
-    def _end(self, event: PushEnded) -> None:
-        live = self._live.pop(event.id, None)
-        if live is None:
+    def _fragment_ended(self, event: PushEnded) -> None:
+        sending = self._whose.pop(event.id, None)
+        if sending is None:
             log.error("a second end of push %d was ignored: %s %s", event.id, event.outcome, event.error)
             return
-        if live.started:
-            self._num_started -= 1
-            self._queues[live.push.peer].inflight_bytes -= live.size_bytes
+        size_bytes = sending.under_way.pop(event.id)
+        self._queues[sending.push.peer].inflight_bytes -= size_bytes
+        sending.bytes_moved += event.bytes_moved
+        sending.seconds += event.seconds
+        if event.outcome is not Outcome.COMPLETED:
+            sending.give_up(event.error or event.outcome.value)
+        if sending.over:
+            self._end(sending)
+
+    def _give_up(self, sendings: Sequence[Sending], why: str) -> None:
+        """Start no more of them; those with nothing under way end now, the others when that does."""
+        for sending in sendings:
+            sending.give_up(why)
+            if sending.over and sending.push.id in self._live:
+                if not sending.started and not sending.timed_out:
+                    sending.began = self._clock()
+                self._end(sending)
+
+    def _expire(self, now: float) -> None:
+        for sending in list(self._live.values()):
+            if sending.timed_out or now < sending.push.deadline:
+                continue
+            sending.timed_out = True
+            why = f"not terminal at its deadline, {'under way' if sending.started else 'still waiting'}"
+            self._on_event(PushEnded(id=sending.push.id, outcome=Outcome.TIMED_OUT, error=why))
+            if sending.fragments:
+                self._give_up([sending], why)
+        open_ones = (s.push.deadline for s in self._live.values() if not s.timed_out)
+        self._next_deadline = min(open_ones, default=float("inf"))
+
+    def _end(self, sending: Sending) -> None:
+        """Its one terminal event. A sum of fragments' times that overlapped is cut to what really passed."""
+        push_id = sending.push.id
+        for fragment_id in sending.under_way:
+            self._whose.pop(fragment_id, None)
+        del self._live[push_id]
         with self._lock:
-            self._ids.discard(event.id)
-        self._on_event(event)
+            self._ids.discard(push_id)
+        if not sending.error:
+            outcome = Outcome.COMPLETED
+        else:
+            outcome = Outcome.FAILED if sending.started else Outcome.CANCELLED
+        elapsed = 0.0 if sending.began is None else self._clock() - sending.began
+        many = sending.bytes_moved > self._fragment_bytes
+        self._on_event(
+            PushEnded(
+                id=push_id,
+                outcome=outcome,
+                bytes_moved=sending.bytes_moved if outcome is Outcome.COMPLETED else 0,
+                seconds=min(sending.seconds, elapsed) if many else sending.seconds,
+                error=sending.error,
+            )
+        )
 
 
 def _patience(quiet_polls: int) -> float:

@@ -1,4 +1,4 @@
-"""Which bytes a push moves: validation and arithmetic that every backend shares."""
+"""What every backend checks of pools, and of pushes before it touches them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,7 @@ from collections.abc import Sequence
 
 from kvtransfer.protocol import PoolRegion, Push
 from pdserve.core.errors import ConfigError, TransferError
-from pdserve.core.layout import Fingerprint, GroupLayout
-
-Span = tuple[int, int, int]
-"""Source offset, destination offset, length; bytes from the start of each pool."""
-
-
-def push_bytes(push: Push, layout: GroupLayout) -> int:
-    """Bytes that `push` moves."""
-    return len(push.src_blocks) * (push.layers[1] - push.layers[0]) * layout.layer_bytes
-
-
-def push_spans(push: Push, layout: GroupLayout) -> list[Span]:
-    """The contiguous pieces of a push, with neighbours on both sides merged."""
-    first, last = push.layers
-    length = (last - first) * layout.layer_bytes
-    spans: list[Span] = []
-    for src, dst in zip(push.src_blocks, push.dst_blocks, strict=True):
-        a, b = layout.offset(src, first), layout.offset(dst, first)
-        if spans and spans[-1][0] + spans[-1][2] == a and spans[-1][1] + spans[-1][2] == b:
-            spans[-1] = (spans[-1][0], spans[-1][1], spans[-1][2] + length)
-        else:
-            spans.append((a, b, length))
-    return spans
+from pdserve.core.layout import Fingerprint
 
 
 def require_push(push: Push, regions: Sequence[PoolRegion]) -> None:
@@ -40,7 +18,7 @@ def require_push(push: Push, regions: Sequence[PoolRegion]) -> None:
     first, last = push.layers
     if not 0 <= first < last <= num_layers:
         raise TransferError(f"push {push.id}: layers [{first}, {last}) of {num_layers}")
-    if not push.src_blocks or len(push.src_blocks) != len(push.dst_blocks):
+    if not push.src_blocks or not push.dst_blocks:
         raise TransferError(
             f"push {push.id}: {len(push.src_blocks)} source blocks for {len(push.dst_blocks)} destinations"
         )

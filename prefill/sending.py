@@ -79,6 +79,7 @@ class PushMaker:
             layers=(0, 1),
             note=encode(PushesSettled(attempt=run.attempt)),
             deadline=now + run.request.transfer_deadline_s,
+            flow=str(run.attempt),
         )
         return SubmitPush(push)
 
@@ -112,6 +113,7 @@ class PushMaker:
             layers=layers,
             note=encode(note),
             deadline=now + run.request.transfer_deadline_s,
+            flow=str(run.attempt),
         )
         run.pushes.submitted(push, self._size_bytes(blocks, layers))
         self._of[push.id] = run

@@ -32,6 +32,8 @@ class CacheGroup:
     head_dim: int
     dtype: str
     sliding_window: int | None = None
+    total_kv_heads: int | None = None
+    """Of the model, over all tensor-parallel ranks; None: ranks x `num_kv_heads`, no head is replicated."""
 
     @property
     def token_head_bytes(self) -> int:
@@ -62,6 +64,51 @@ class GroupLayout:
         return block * self.block_bytes + layer * self.layer_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """The part of a model's KV heads that one tensor-parallel rank's pool holds.
+
+    Ranks hold consecutive runs of heads; where there are more ranks than heads, neighbours hold the same one.
+    """
+
+    layout: GroupLayout
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @property
+    def num_heads(self) -> int:
+        return self.layout.group.num_kv_heads
+
+    @property
+    def total_heads(self) -> int:
+        total = self.layout.group.total_kv_heads
+        return self.num_heads * self.tp_size if total is None else total
+
+    @property
+    def first_head(self) -> int:
+        return self.tp_rank * self.total_heads // self.tp_size
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that hold the same heads."""
+        return max(1, self.tp_size // self.total_heads)
+
+    @property
+    def replica(self) -> int:
+        """Which of them this rank is."""
+        return self.tp_rank % self.num_replicas
+
+    @property
+    def consistent(self) -> bool:
+        """Ranks divide the heads evenly, or heads the ranks, and the pool holds just this rank's part."""
+        ranks, heads = self.tp_size, self.total_heads
+        if not 0 <= self.tp_rank < ranks:
+            return False
+        if ranks <= heads:
+            return heads % ranks == 0 and self.num_heads == heads // ranks
+        return ranks % heads == 0 and self.num_heads == 1
+
+
 def blocks_for(tokens: int, block_tokens: int) -> int:
     """How many blocks hold `tokens` tokens."""
     return -(-tokens // block_tokens)
@@ -77,6 +124,11 @@ class Fingerprint:
     layouts: tuple[GroupLayout, ...]
     tp_rank: int = 0
     tp_size: int = 1
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """What this rank holds of each cache group."""
+        return tuple(Shard(layout=one, tp_rank=self.tp_rank, tp_size=self.tp_size) for one in self.layouts)
 
     def require_same(self, other: Fingerprint, *, peer: str) -> None:
         """Raise `FingerprintMismatch` that names the first field that differs."""

@@ -101,7 +101,12 @@ def launch(
         undo.callback(backend.close)
         role = make_role(engine)
         info = _info(spec, engine, metadata=backend.metadata, max_num_seqs=max_num_seqs)
-        transfer = TransferService(backend, inbox.put)
+        transfer = TransferService(
+            backend,
+            inbox.put,
+            max_inflight_bytes=spec.config.transfer.max_inflight_mib << 20,
+            verify=spec.config.transfer.verify,
+        )
         undo.pop_all()
         transfer.start()
         undo.callback(transfer.stop)

@@ -10,8 +10,9 @@ import pytest
 from kvtransfer.factory import make_backend
 from kvtransfer.fake import Faults
 from kvtransfer.local import LocalHub
+from kvtransfer.queues import FRAGMENT_BYTES
 from kvtransfer.service import TransferService
-from pdserve.core.config import TcpFallback, TransferBackendName
+from pdserve.core.config import TcpFallback, TransferBackendName, Verify
 from pdserve.core.ids import WorkerId
 from tests.support.transfer import LAYOUTS, Events, Node, NodeMaker, Pools, fingerprint
 
@@ -34,6 +35,8 @@ def make_node() -> Iterator[NodeMaker]:
             ucx: dict[str, str] | None = None,
             tcp_fallback: TcpFallback = TcpFallback.WARN,
             max_inflight_bytes: int = 1 << 30,
+            verify: Verify = Verify.ON,
+            fragment_bytes: int = FRAGMENT_BYTES,
         ) -> Node:
             pools = Pools(LAYOUTS, num_blocks, seed=seed)
             made = make_backend(
@@ -48,7 +51,13 @@ def make_node() -> Iterator[NodeMaker]:
                 tcp_fallback=tcp_fallback,
             )
             events = Events()
-            service = TransferService(made, events, max_inflight_bytes=max_inflight_bytes)
+            service = TransferService(
+                made,
+                events,
+                max_inflight_bytes=max_inflight_bytes,
+                verify=verify,
+                fragment_bytes=fragment_bytes,
+            )
             service.start()
             node = Node(WorkerId(name), epoch, pools, made, service, events, fingerprint(model))
             stack.callback(node.stop)

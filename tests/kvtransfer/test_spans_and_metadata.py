@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer.geometry import Route, plan_route
 from kvtransfer.metadata import (
     METADATA_VERSION,
     PeerMetadata,
@@ -18,12 +19,21 @@ from kvtransfer.metadata import (
     fingerprint_digest,
     meet,
 )
-from kvtransfer.nixl_agent import units
 from kvtransfer.protocol import Push
-from kvtransfer.spans import push_bytes, push_spans, require_regions
+from kvtransfer.spans import require_regions
 from pdserve.core.errors import ConfigError, FingerprintMismatch, TransferError
 from pdserve.core.ids import BlockId, WorkerId
+from pdserve.core.layout import Shard
 from tests.support.transfer import FULL, LAYOUTS, WINDOW, Pools, fingerprint
+
+
+def same_shape() -> Route:
+    route = plan_route(Shard(layout=FULL), Shard(layout=FULL))
+    assert route is not None
+    return route
+
+
+ROUTE = same_shape()
 
 
 def push(src: list[int], dst: list[int], layers: tuple[int, int]) -> Push:
@@ -47,13 +57,13 @@ def test_merged_spans_move_the_same_bytes_as_single_layers(
     blocks: list[tuple[int, int]], layers: tuple[int, int]
 ) -> None:
     one = push([a for a, _ in blocks], [b for _, b in blocks], layers)
-    spans = push_spans(one, FULL)
+    spans = ROUTE.spans(one)
     unit = FULL.layer_bytes
     merged = [(src + i, dst + i) for src, dst, length in spans for i in range(0, length, unit)]
     layer_range = range(*layers)
     plain = [(FULL.offset(a, layer), FULL.offset(b, layer)) for a, b in blocks for layer in layer_range]
     assert merged == plain
-    assert sum(length for _, _, length in spans) == push_bytes(one, FULL)
+    assert sum(length for _, _, length in spans) == ROUTE.size_bytes(one)
 
 
 @given(
@@ -61,16 +71,16 @@ def test_merged_spans_move_the_same_bytes_as_single_layers(
     layers=st.tuples(st.integers(0, 5), st.integers(0, 5)).map(lambda p: (min(p), max(p) + 1)),
 )
 def test_units_name_each_layer_of_each_block(blocks: list[int], layers: tuple[int, int]) -> None:
-    found = units(blocks, layers, 6)
-    assert found.dtype == "int32"
-    assert found.tolist() == [b * 6 + layer for b in blocks for layer in range(*layers)]
+    src, dst = ROUTE.units(push(blocks, blocks[::-1], layers))
+    assert dst.tolist() == [b * 6 + layer for b in blocks[::-1] for layer in range(*layers)]
+    assert src.tolist() == [b * 6 + layer for b in blocks for layer in range(*layers)]
 
 
 def test_neighbouring_whole_blocks_become_one_span() -> None:
-    assert push_spans(push([3, 4, 5], [8, 9, 10], (0, 6)), FULL) == [
+    assert ROUTE.spans(push([3, 4, 5], [8, 9, 10], (0, 6))) == [
         (3 * FULL.block_bytes, 8 * FULL.block_bytes, 3 * FULL.block_bytes)
     ]
-    assert len(push_spans(push([3, 4], [8, 9], (0, 5)), FULL)) == 2
+    assert len(ROUTE.spans(push([3, 4], [8, 9], (0, 5)))) == 2
 
 
 def test_pools_that_differ_from_the_fingerprint_are_refused() -> None:

@@ -173,6 +173,7 @@ class Node:
         group: int = 0,
         note: bytes = b"note",
         deadline_s: float = WAIT_S,
+        flow: str = "",
     ) -> int:
         push = Push(
             id=next(self._ids),
@@ -183,6 +184,7 @@ class Node:
             layers=layers,
             note=note,
             deadline=time.monotonic() + deadline_s,
+            flow=flow,
         )
         self.service.submit(push)
         return push.id

@@ -114,6 +114,27 @@ def test_a_failed_push_fails_its_attempt_as_retryable_and_a_retry_gets_the_token
     run(tmp_path, scenario, faults=Faults(seed=3, failure=0.1, delay_s=(0.0, 0.002)))
 
 
+def test_a_flipped_byte_fails_its_attempt_and_never_becomes_text(tmp_path: Path) -> None:
+    async def scenario(pair: Pair, driver: Driver) -> None:
+        failures = 0
+        for index in range(12):
+            spec = driver.spec(prompt_of(40, index), SAMPLED)
+            for epoch in range(30):
+                answer = await driver.ask(
+                    dataclasses.replace(spec, attempt=AttemptId(spec.attempt.request, epoch))
+                )
+                if answer.failed is None:
+                    break
+                failures += 1
+                assert answer.failed.retryable
+                assert answer.failed.code == "DATA_LOSS"
+                assert answer.tokens in ([], reference(spec.tokens, SAMPLED, 10)[:1])
+            assert answer.tokens == reference(spec.tokens, SAMPLED, 10)
+        assert failures > 3
+
+    run(tmp_path, scenario, faults=Faults(seed=3, flip=0.1, delay_s=(0.0, 0.002), reorder=True))
+
+
 def test_a_lost_push_keeps_both_sides_blocks_in_quarantine_until_the_peer_is_gone(tmp_path: Path) -> None:
     async def scenario(pair: Pair, driver: Driver) -> None:
         spec = driver.spec(prompt_of(10))
