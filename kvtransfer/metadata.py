@@ -102,7 +102,7 @@ def meet(
 
     Raises `FingerprintMismatch`, and `TransferError` when the metadata is not that peer's.
     """
-    ours.require_same(theirs, peer=peer)
+    ours.require_transferable(theirs, peer=peer)
     found = decode_metadata(metadata)
     if found.transport != transport:
         raise FingerprintMismatch(peer, "transfer backend", transport, found.transport)

@@ -116,7 +116,7 @@ def blocks_for(tokens: int, block_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What two peers must agree on before the first byte. `tp_rank`/`tp_size` may differ between roles."""
+    """What two peers must agree on before the first byte. Tensor-parallel rank and size may differ."""
 
     protocol: int
     model: str
@@ -131,20 +131,36 @@ class Fingerprint:
         return tuple(Shard(layout=one, tp_rank=self.tp_rank, tp_size=self.tp_size) for one in self.layouts)
 
     def require_same(self, other: Fingerprint, *, peer: str) -> None:
-        """Raise `FingerprintMismatch` that names the first field that differs."""
+        """Raise `FingerprintMismatch` that names the first field in which two workers' caches differ."""
+        if len(self.layouts) == len(other.layouts):
+            for mine, its in zip(self.layouts, other.layouts, strict=True):
+                if mine.block_tokens != its.block_tokens:
+                    raise FingerprintMismatch(peer, "block_size", mine.block_tokens, its.block_tokens)
+        self.require_transferable(other, peer=peer)
+
+    def require_transferable(self, other: Fingerprint, *, peer: str) -> None:
+        """Raise `FingerprintMismatch` unless KV of one is KV of the other, cut into heads and blocks as it
+        may be."""
         for field in ("protocol", "model"):
             ours, theirs = getattr(self, field), getattr(other, field)
             if ours != theirs:
                 raise FingerprintMismatch(peer, field, ours, theirs)
         if len(self.layouts) != len(other.layouts):
             raise FingerprintMismatch(peer, "layouts", len(self.layouts), len(other.layouts))
-        for mine, its in zip(self.layouts, other.layouts, strict=True):
-            if mine.block_tokens != its.block_tokens:
-                raise FingerprintMismatch(peer, "block_size", mine.block_tokens, its.block_tokens)
-            for entry in dataclasses.fields(CacheGroup):
-                ours, theirs = getattr(mine.group, entry.name), getattr(its.group, entry.name)
-                if ours != theirs:
-                    raise FingerprintMismatch(peer, f"{mine.group.name}.{entry.name}", ours, theirs)
-        if self.tp_size != other.tp_size:
-            # Head-sliced pushes between different TP sizes are a transfer plan of their own.
-            raise FingerprintMismatch(peer, "tp_size", self.tp_size, other.tp_size)
+        for mine, its in zip(self.shards, other.shards, strict=True):
+            _require_heads(mine, its, peer)
+
+
+def _require_heads(mine: Shard, its: Shard, peer: str) -> None:
+    name = mine.layout.group.name
+    for entry in dataclasses.fields(CacheGroup):
+        if entry.name in ("num_kv_heads", "total_kv_heads"):
+            continue
+        ours, theirs = getattr(mine.layout.group, entry.name), getattr(its.layout.group, entry.name)
+        if ours != theirs:
+            raise FingerprintMismatch(peer, f"{name}.{entry.name}", ours, theirs)
+    if mine.total_heads != its.total_heads:
+        raise FingerprintMismatch(peer, f"{name}.total_kv_heads", mine.total_heads, its.total_heads)
+    if not (mine.consistent and its.consistent):
+        found = [f"{s.num_heads} heads on rank {s.tp_rank} of {s.tp_size}" for s in (mine, its)]
+        raise FingerprintMismatch(peer, f"{name}.num_kv_heads", *found)

@@ -14,7 +14,8 @@ from kvtransfer.queues import FRAGMENT_BYTES
 from kvtransfer.service import TransferService
 from pdserve.core.config import TcpFallback, TransferBackendName, Verify
 from pdserve.core.ids import WorkerId
-from tests.support.transfer import LAYOUTS, Events, Node, NodeMaker, Pools, fingerprint
+from pdserve.core.layout import Fingerprint
+from tests.support.transfer import Events, Node, NodeMaker, Pools, fingerprint
 
 
 @pytest.fixture
@@ -37,14 +38,16 @@ def make_node() -> Iterator[NodeMaker]:
             max_inflight_bytes: int = 1 << 30,
             verify: Verify = Verify.ON,
             fragment_bytes: int = FRAGMENT_BYTES,
+            prints: Fingerprint | None = None,
         ) -> Node:
-            pools = Pools(LAYOUTS, num_blocks, seed=seed)
+            prints = prints or fingerprint(model)
+            pools = Pools(prints.layouts, num_blocks, seed=seed)
             made = make_backend(
                 TransferBackendName(backend),
                 WorkerId(name),
                 epoch,
                 pools.regions,
-                fingerprint(model),
+                prints,
                 hub=hub,
                 faults=faults,
                 ucx=ucx,
@@ -59,7 +62,7 @@ def make_node() -> Iterator[NodeMaker]:
                 fragment_bytes=fragment_bytes,
             )
             service.start()
-            node = Node(WorkerId(name), epoch, pools, made, service, events, fingerprint(model))
+            node = Node(WorkerId(name), epoch, pools, made, service, events, prints)
             stack.callback(node.stop)
             return node
 
