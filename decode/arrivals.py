@@ -34,8 +34,8 @@ class Arrivals:
         """Every push has landed: no write of this attempt is to come."""
         return self.handover is not None and len(self._seen) >= self.handover.num_pushes
 
-    def error(self, attempt: AttemptId, num_tokens: int) -> CorruptTransfer | None:
-        """What is wrong with the hand-over, as soon as it is there."""
+    def error(self, attempt: AttemptId, num_tokens: int, ahead: int = 0) -> CorruptTransfer | None:
+        """What is wrong with the hand-over, as soon as it is there. `ahead`: tokens it may bring along."""
         given = self.handover
         if given is None:
             return None
@@ -43,8 +43,9 @@ class Arrivals:
             wanted, found = f"hand-over version {HANDOVER_VERSION}", f"{given.version}; upgrade one worker"
         elif given.attempt != attempt:
             wanted, found = f"the hand-over of {attempt}", str(given.attempt)
-        elif given.num_tokens != num_tokens:
-            wanted, found = f"KV of {num_tokens} tokens", f"of {given.num_tokens}"
+        elif given.num_tokens != num_tokens + len(given.tokens) or len(given.tokens) > ahead:
+            wanted = f"KV of {num_tokens} tokens, and of up to {ahead} that come along"
+            found = f"of {given.num_tokens}, {len(given.tokens)} of them new"
         elif self._seen and max(self._seen) >= given.num_pushes:
             wanted, found = f"{given.num_pushes} pushes", f"one numbered {max(self._seen)}"
         else:

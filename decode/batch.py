@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from decode.run import DecodePlan, DecodeRun, Stage, Turn
 from pdserve.core.errors import BlockPoolExhausted
+from pdserve.core.ids import AttemptId
 from pdserve.core.layout import blocks_for
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache
@@ -33,11 +34,12 @@ class Batch:
         self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
         self._running: list[DecodeRun] = []
         self._preempted: list[DecodeRun] = []
+        self._paused: set[AttemptId] = set()
         self.num_preemptions = 0
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._paused)
 
     @property
     def num_preempted(self) -> int:
@@ -54,12 +56,22 @@ class Batch:
 
     def join(self, run: DecodeRun) -> None:
         """A sequence with blocks, all held for computing."""
+        self._paused.discard(run.attempt)
         run.stage = Stage.RUNNING
         bisect.insort(self._running, run, key=lambda r: r.urgency)
 
+    def pause(self, run: DecodeRun) -> None:
+        """It computes nothing and keeps its blocks, until it joins again or leaves."""
+        self._running.remove(run)
+        self._paused.add(run.attempt)
+        run.stage = Stage.MOVING
+
     def leave(self, run: DecodeRun) -> None:
         """It ended: its blocks are given back, full ones stay in the cache while there is room."""
-        (self._running if run.stage is Stage.RUNNING else self._preempted).remove(run)
+        if run.stage is Stage.MOVING:
+            self._paused.remove(run.attempt)
+        else:
+            (self._running if run.stage is Stage.RUNNING else self._preempted).remove(run)
         self._pool.release_all(run.blocks, run.computing)
         run.blocks = []
 

@@ -18,7 +18,7 @@ from pdserve.core.codec import decode
 from pdserve.core.errors import CorruptTransfer, DeadlineExceeded, PdServeError, PeerLost, ProtocolError
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import blocks_for
-from pdserve.core.messages import PushesSettled, PushNote
+from pdserve.core.messages import Orphaned, PushesSettled, PushNote
 from pdserve.engine.block_pool import BlockPool, quarantined_by
 from pdserve.worker.events import OwnerId
 
@@ -121,6 +121,14 @@ class Reception:
             if quarantine.owner == owner:
                 quarantine.owner = None
 
+    def orphans(self) -> list[Orphaned]:
+        """Quarantines whose coordinator is gone."""
+        return [
+            Orphaned(attempt=q.attempt, writer=q.prefill_worker, writer_epoch=q.peer_epoch)
+            for q in self._quarantines.values()
+            if q.owner is None
+        ]
+
     def renew(self, owner: OwnerId, attempt: AttemptId, until: float) -> None:
         run = self._runs.get(attempt)
         if run is not None and run.owner == owner:
@@ -173,7 +181,7 @@ class Reception:
             )
             log.error("%s: %s", self._worker, what)
             return run, CorruptTransfer(what)
-        error = run.arrivals.error(run.attempt, len(run.spec.tokens))
+        error = run.arrivals.error(run.attempt, len(run.spec.tokens), run.ahead)
         return (run, error) if error is not None or run.arrivals.complete else None
 
     def _late(self, note: PushNote) -> None:
@@ -199,5 +207,5 @@ class Reception:
         return run, PeerLost(peer, f"it gave up {attempt}, its coordinator is gone")
 
     def _awaited(self, run: DecodeRun) -> slice:
-        """Of its block table, what a prefill worker writes: after the cached prefix, up to its last token."""
-        return slice(run.remembered, blocks_for(len(run.spec.tokens), self._block_tokens))
+        """What a peer may write of its block table: after the cached prefix, as far as its tokens may go."""
+        return slice(run.remembered, blocks_for(len(run.spec.tokens) + run.ahead, self._block_tokens))

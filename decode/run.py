@@ -22,6 +22,8 @@ class Stage(Enum):
     """Its blocks are reserved; a prefill worker fills them."""
     RUNNING = "running"
     """Has blocks, and tokens to compute: its whole prompt, what preemption threw away, or the newest one."""
+    MOVING = "moving"
+    """Paused, with its blocks: it goes on at another decode worker, or here if that comes to nothing."""
     PREEMPTED = "preempted"
     """Gave its blocks to another; computes all of its tokens again when there is room."""
 
@@ -44,6 +46,8 @@ class DecodeRun:
     received: float
     lease_until: float
     stage: Stage
+    ahead: int = 0
+    """Its KV may come with this many tokens more than its spec has."""
     hashes: PrefixHashes
     tokens: list[int]
     """Prompt + output so far."""
@@ -55,6 +59,8 @@ class DecodeRun:
     arrivals: Arrivals = field(default_factory=Arrivals)
     settled: bool = False
     """Its prefill worker has said that nothing more is to come."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the tokens that came after the spec's, where they are wanted: they go along when it moves."""
     reading: bool = False
     """The prompt is being read here, for the first time."""
     began: bool = False

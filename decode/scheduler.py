@@ -1,7 +1,8 @@
 """What a decode worker does next: pure, no I/O and no clock of its own.
 
 StartDecode --blocks--> RECEIVING (reception) --every push landed--> RUNNING (batch) <--> PREEMPTED (batch)
-     '-- no prefill worker: reads the prompt itself ------------------^  |
+     '-- no prefill worker: reads the prompt itself ------------------^  | ^
+                                             to another decode worker:   | '--> MOVING (departures)
                                                                          '--> finished, failed, cancelled
 """
 
@@ -13,6 +14,7 @@ from typing import assert_never
 
 from decode.arrivals import NoteStats
 from decode.batch import Batch
+from decode.departures import Departures
 from decode.reception import Reception
 from decode.run import DecodePlan, DecodeRun, Source, Stage, Turn
 from kvtransfer.protocol import NoteArrived, PeerConnected, PeerFailed, PushEnded, TransferStopped
@@ -22,7 +24,7 @@ from pdserve.core.errors import (
     TransferError,
 )
 from pdserve.core.ids import AttemptId, WorkerId
-from pdserve.core.layout import blocks_for
+from pdserve.core.layout import GroupLayout, blocks_for
 from pdserve.core.messages import (
     Cancel,
     ConnectPeer,
@@ -30,8 +32,10 @@ from pdserve.core.messages import (
     DropPeer,
     FinishReason,
     Heartbeat,
+    Hello,
     KvArrived,
     Message,
+    Migrate,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
@@ -39,6 +43,7 @@ from pdserve.core.messages import (
     RefusalReason,
     Refused,
     RenewLease,
+    RequestSpec,
     Reserved,
     StartDecode,
     StartPrefill,
@@ -63,7 +68,7 @@ class DecodeScheduler:
         *,
         worker: WorkerId,
         epoch: int,
-        block_tokens: int,
+        layout: GroupLayout,
         num_blocks: int,
         max_len: int,
         max_num_seqs: int,
@@ -71,7 +76,8 @@ class DecodeScheduler:
         prefix_caching: bool,
     ) -> None:
         self._worker, self._epoch = worker, epoch
-        self._block_tokens, self._max_len = block_tokens, max_len
+        self._block_tokens = block_tokens = layout.block_tokens
+        self._max_len = max_len
         # Some arrive while the batch is full, so that a seat is taken again in the next step.
         self._max_runs = max_num_seqs + max(1, max_num_seqs // 4)
         self._pool = BlockPool(num_blocks)
@@ -86,6 +92,8 @@ class DecodeScheduler:
         self._runs: dict[AttemptId, DecodeRun] = {}
         self._reception = Reception(worker, self._pool, block_tokens)
         self._peers = PeerTable()
+        self._departures = Departures(self._pool, self._batch, self._peers, layout)
+        self._owners: set[OwnerId] = set()
         self._order = itertools.count()
         self._plan: DecodePlan | None = None
         self._draining = False
@@ -106,22 +114,19 @@ class DecodeScheduler:
             case FromCoordinator(owner, message):
                 return self._message(owner, message, now)
             case CoordinatorLost(owner):
-                for run in [run for run in self._runs.values() if run.owner == owner]:
-                    self._end(run)
-                self._reception.owner_lost(owner)
-                return []
+                return self._owner_lost(owner, now)
             case NoteArrived():
-                return self._note(event)
+                return self._note(event, now)
             case PeerConnected():
                 self._peers.connected(event.peer, event.path)
                 return []
             case PeerFailed():
                 self._peers.forget(event.peer)
-                return self._fail_all(
-                    self._reception.written_by(event.peer), PeerLost(event.peer, event.error)
-                )
+                lost = PeerLost(event.peer, event.error)
+                failed = self._fail_all(self._reception.written_by(event.peer), lost, now)
+                return failed + self._departures.peer_lost(event.peer, lost, now, None)
             case PushEnded():
-                return []  # a decode worker pushes nothing yet
+                return self._departures.push_ended(event, now)
             case TransferStopped():
                 raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
             case _:
@@ -131,13 +136,13 @@ class DecodeScheduler:
         match message:
             case StartDecode():
                 return self._start(owner, message, now)
+            case Migrate():
+                return self._departures.start(owner, message, self._runs.get(message.attempt), now)
             case Cancel():
-                run = self._runs.get(message.attempt)
-                if run is not None and run.owner == owner:
-                    self._end(run)
+                return self._cancel(owner, message.attempt, now)
             case PushesSettled():
                 if self._reception.may_settle(owner, message.attempt):
-                    self._settled(message.attempt)
+                    return self._settled(message.attempt, now)
             case RenewLease():
                 self._reception.renew(owner, message.attempt, now + message.lease_s)
             case ConnectPeer():
@@ -146,6 +151,9 @@ class DecodeScheduler:
                 return self._drop_peer(message, now)
             case Drain():
                 self._draining = True
+            case Hello():
+                self._owners.add(owner)
+                return [Send(owner, orphan) for orphan in self._reception.orphans()]
             case StartPrefill(spec=spec):
                 wrong = InvalidRequest(field="role", value="decode", limit="prefill, to run StartPrefill")
                 settled = PushesSettled(attempt=spec.attempt)
@@ -153,6 +161,27 @@ class DecodeScheduler:
             case _:
                 pass  # what a coordinator has no business to send changes nothing
         return []
+
+    def _cancel(self, owner: OwnerId, attempt: AttemptId, now: float) -> list[Action]:
+        run = self._runs.get(attempt)
+        if run is not None:
+            return self._end(run, now) if run.owner == owner else []
+        if self._departures.knows(attempt):
+            return self._departures.cancel(owner, attempt, now)
+        if self._reception.quarantines(attempt):
+            return []
+        return [Send(owner, PushesSettled(attempt=attempt))]
+
+    def _owner_lost(self, owner: OwnerId, now: float) -> list[Action]:
+        """Its requests end. Who else is there may find out when blocks it left in quarantine are safe."""
+        self._owners.discard(owner)
+        self._departures.owner_lost(owner)
+        actions: list[Action] = []
+        for run in [run for run in self._runs.values() if run.owner == owner]:
+            actions += self._end(run, now)
+        self._reception.owner_lost(owner)
+        orphans = self._reception.orphans()
+        return actions + [Send(other, orphan) for other in sorted(self._owners) for orphan in orphans]
 
     # --- reservation --------------------------------------------------------------------------------
 
@@ -181,7 +210,7 @@ class DecodeScheduler:
             self._reception.wait(run)
         reserved = Reserved(
             attempt=run.attempt,
-            blocks=run.blocks[: blocks_for(len(spec.tokens), self._block_tokens)],
+            blocks=run.blocks[: blocks_for(len(spec.tokens) + run.ahead, self._block_tokens)],
             cached_tokens=run.computed,
         )
         return [Send(owner, reserved)]
@@ -212,6 +241,7 @@ class DecodeScheduler:
             source=None if peer is None or epoch is None else Source(peer, epoch),
             received=now,
             lease_until=now + message.lease_s,
+            ahead=self._ahead(spec, message.ahead_tokens),
             stage=Stage.RUNNING if peer is None else Stage.RECEIVING,
             hashes=PrefixHashes(spec.cache_salt, self._block_tokens),
             tokens=list(spec.tokens),
@@ -221,8 +251,7 @@ class DecodeScheduler:
     def _reserve(self, run: DecodeRun) -> bool:
         """Blocks for its tokens and some of the next; a remote writer gets those the cache does not have."""
         num_tokens, size = len(run.tokens), self._block_tokens
-        left = max(run.spec.sampling.max_tokens - run.num_output, 0)
-        ahead = min(size, left, self._max_len - num_tokens)
+        ahead = max(run.ahead, self._ahead(run.spec, size))
         read_all = run.num_prompt_logprobs is not None
         taken = self._cache.reserve(
             [] if read_all else run.hashes.of(run.tokens),
@@ -239,64 +268,86 @@ class DecodeScheduler:
         run.computed = run.remembered * size
         return True
 
+    def _ahead(self, spec: RequestSpec, wanted: int) -> int:
+        """Up to `wanted` tokens more, as far as the answer can get so long."""
+        left = max(spec.sampling.max_tokens - spec.num_output_tokens, 0)
+        return max(min(wanted, left, self._max_len - len(spec.tokens)), 0)
+
     # --- arrival ------------------------------------------------------------------------------------
 
-    def _note(self, event: NoteArrived) -> list[Action]:
+    def _note(self, event: NoteArrived, now: float) -> list[Action]:
         match self._reception.note(event):
             case None:
                 return []
             case (run, None):
-                return self._arrived(run)
+                return self._arrived(run, now)
             case (run, error):
-                return self._fail_run(run, error)
+                return self._fail_run(run, error, now)
 
-    def _arrived(self, run: DecodeRun) -> list[Action]:
+    def _arrived(self, run: DecodeRun, now: float) -> list[Action]:
         handover = run.arrivals.handover
         assert handover is not None
         self._reception.arrived(run)
+        run.tokens += handover.tokens
         self._batch.join(run)
         run.computed = len(run.tokens)
         self._batch.remember(run)
         arrived = Send(run.owner, KvArrived(attempt=run.attempt))
-        return [arrived, *self._emit(run, Sampled(handover.first_token, handover.logprobs))]
+        actions = [arrived]
+        if handover.tokens:
+            # Said once more: the coordinator may not have heard them from the worker that wrote them.
+            run.logprobs += handover.token_logprobs
+            again = Tokens(
+                attempt=run.attempt,
+                first_index=run.spec.num_output_tokens,
+                tokens=handover.tokens,
+                logprobs=handover.token_logprobs,
+            )
+            actions.append(Send(run.owner, again))
+        return [*actions, *self._emit(run, Sampled(handover.first_token, handover.logprobs), now)]
 
     # --- ends ---------------------------------------------------------------------------------------
 
     def fail(self, attempt: AttemptId, owner: OwnerId, error: Exception, now: float) -> list[Action]:
         run = self._runs.get(attempt)
-        return [Send(owner, attempt_failed(attempt, error))] if run is None else self._fail_run(run, error)
+        return (
+            [Send(owner, attempt_failed(attempt, error))] if run is None else self._fail_run(run, error, now)
+        )
 
     def fail_step(self, error: Exception, now: float) -> list[Action]:
         plan, self._plan = self._plan, None
         if plan is None:
             raise error
-        return self._fail_all([turn.run for turn in plan.turns], error)
+        return self._fail_all([turn.run for turn in plan.turns], error, now)
 
-    def _fail_run(self, run: DecodeRun, error: Exception) -> list[Action]:
-        self._end(run)
-        return [Send(run.owner, attempt_failed(run.attempt, error))]
+    def _fail_run(self, run: DecodeRun, error: Exception, now: float) -> list[Action]:
+        return [Send(run.owner, attempt_failed(run.attempt, error)), *self._end(run, now)]
 
-    def _fail_all(self, runs: Sequence[DecodeRun], error: Exception) -> list[Action]:
-        return [action for run in runs for action in self._fail_run(run, error)]
+    def _fail_all(self, runs: Sequence[DecodeRun], error: Exception, now: float) -> list[Action]:
+        return [action for run in runs for action in self._fail_run(run, error, now)]
 
-    def _end(self, run: DecodeRun) -> None:
+    def _end(self, run: DecodeRun, now: float) -> list[Action]:
         """Take it out. Blocks that a push may still write are set apart; the others are given back."""
         del self._runs[run.attempt]
         if run.attempt in self._reception:
             self._reception.abandon(run)
-        else:
-            self._batch.leave(run)
+            return []
+        self._batch.leave(run)
+        return self._departures.run_ended(run, now)
 
-    def _settled(self, attempt: AttemptId) -> None:
+    def _settled(self, attempt: AttemptId, now: float) -> list[Action]:
         """No write of it can land any more: it will not be whole if it is not."""
+        actions: list[Action] = []
         if attempt in self._reception:
-            self._end(self._runs[attempt])
+            actions = self._end(self._runs[attempt], now)
         self._reception.settle(attempt)
+        return actions
 
     def _drop_peer(self, message: DropPeer, now: float) -> list[Action]:
         actions = self._peers.drop(message.peer, message.epoch)
         lost = PeerLost(message.peer, "its process is gone")
-        actions += self._fail_all(self._reception.written_by(message.peer, message.epoch), lost)
+        actions += self._fail_all(self._reception.written_by(message.peer, message.epoch), lost, now)
+        actions += self._departures.peer_lost(message.peer, lost, now, message.epoch)
         self._reception.writer_gone(message.peer, message.epoch, now)
         return actions
 
@@ -321,14 +372,15 @@ class DecodeScheduler:
         seconds = now - plan.started
         actions: list[Action] = []
         for turn, result in zip(plan.turns, results, strict=True):
-            actions += self._computed(turn, result, seconds)
+            actions += self._computed(turn, result, seconds, now)
+        actions += self._departures.stepped(now)
         self._meter.count(seconds=seconds, tokens=sum(turn.end - turn.start for turn in plan.turns))
         return actions
 
-    def _computed(self, turn: Turn, result: WorkResult, seconds: float) -> list[Action]:
+    def _computed(self, turn: Turn, result: WorkResult, seconds: float, now: float) -> list[Action]:
         run, sampled = turn.run, result.sampled
         if isinstance(sampled, SampleFailed):
-            return self._fail_run(run, sampled.error)
+            return self._fail_run(run, sampled.error, now)
         if run.reading:
             run.prompt_logprobs.extend(result.prompt_logprobs)
             run.compute_s += seconds
@@ -339,8 +391,8 @@ class DecodeScheduler:
                 return []  # what preemption threw away is computed again: nobody needs to know
             return [Send(run.owner, PrefillProgress(attempt=run.attempt, tokens_done=turn.end))]
         if not run.reading:
-            return self._emit(run, sampled)
-        return [*self._prompt_read(run, sampled), *self._emit(run, sampled)]
+            return self._emit(run, sampled, now)
+        return [*self._prompt_read(run, sampled), *self._emit(run, sampled, now)]
 
     def _prompt_read(self, run: DecodeRun, sampled: Sampled) -> list[Action]:
         """What a prefill worker would have said."""
@@ -356,7 +408,7 @@ class DecodeScheduler:
         run.reading = False
         return [Send(run.owner, done), Send(run.owner, KvArrived(attempt=run.attempt))]
 
-    def _emit(self, run: DecodeRun, sampled: Sampled) -> list[Action]:
+    def _emit(self, run: DecodeRun, sampled: Sampled, now: float) -> list[Action]:
         """Append a token, stream it, and end the request if it ends the answer."""
         finish = self._finish(run, sampled.token)
         logprobs: list[TokenLogprobs] = [] if sampled.logprobs is None else [sampled.logprobs]
@@ -368,9 +420,9 @@ class DecodeScheduler:
             finish_reason=finish,
         )
         run.tokens.append(sampled.token)
-        if finish is not None:
-            self._end(run)
-        return [Send(run.owner, message)]
+        run.logprobs += logprobs
+        ended = [] if finish is None else self._end(run, now)
+        return [Send(run.owner, message), *ended]
 
     def _finish(self, run: DecodeRun, token: int) -> FinishReason | None:
         return finish_reason(run.spec, token, num_tokens=len(run.tokens) + 1, max_len=self._max_len)
@@ -381,7 +433,7 @@ class DecodeScheduler:
         """Leases and graces that ran out; conservation of blocks."""
         actions: list[Action] = []
         for run, error in self._reception.expired(now):
-            actions += self._fail_run(run, error)
+            actions += self._fail_run(run, error, now)
         self._pool.check()
         return actions
 

@@ -46,7 +46,7 @@ def start_decode_worker(
         scheduler = DecodeScheduler(
             worker=spec.worker,
             epoch=spec.epoch,
-            block_tokens=engine.block_tokens,
+            layout=engine.runner.pools[0].layout,
             num_blocks=engine.num_blocks,
             max_len=longest_sequence(engine),
             max_num_seqs=settings.max_num_seqs,

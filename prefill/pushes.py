@@ -1,21 +1,13 @@
-"""Pushes of one attempt: which blocks to send when, and what became of those under way.
+"""Which blocks of a prompt to send when.
 
-    chunk:     |---- blocks of an earlier chunk ----|==== this chunk ====|
-    layers:    [0, 8) pushed while [8, 16) computes ... the last group of the last chunk waits for the first
-               token, and carries the hand-over.
-
-A block is held as sender from its first push under way to the end of its last one. One push that is past its
-deadline but not terminal puts its blocks into quarantine until it is.
+chunk:     |---- blocks of an earlier chunk ----|==== this chunk ====|
+layers:    [0, 8) pushed while [8, 16) computes ... the last group of the last chunk waits for the first
+           token, and carries the hand-over.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from kvtransfer.protocol import Outcome, Push, PushEnded
-from pdserve.core.ids import AttemptId, BlockId
 from pdserve.core.layout import blocks_for
-from pdserve.engine.block_pool import BlockPool, Holder, HolderKind, quarantined_by
 
 
 def blocks_to_push(*, start: int, end: int, final: bool, dst_cached_tokens: int, block_tokens: int) -> range:
@@ -26,71 +18,3 @@ def blocks_to_push(*, start: int, end: int, final: bool, dst_cached_tokens: int,
     """
     last = blocks_for(end, block_tokens) if final else end // block_tokens
     return range(max(start, dst_cached_tokens) // block_tokens, last)
-
-
-@dataclass(slots=True)
-class PushBook:
-    """The pushes of one attempt."""
-
-    pool: BlockPool
-    attempt: AttemptId
-    num_submitted: int = 0
-    bytes_planned: int = 0
-    bytes_moved: int = 0
-    busy_s: float = 0.0
-    """Summed over pushes, as the transfer thread measured them: this thread hears of ends between steps."""
-    last_end: float | None = None
-    error: str | None = None
-    """Of the first push that did not complete."""
-    _live: dict[int, Push] = field(default_factory=dict)
-    _pushes_of: dict[BlockId, int] = field(default_factory=dict)
-    _quarantined: set[BlockId] = field(default_factory=set)
-
-    @property
-    def settled(self) -> bool:
-        """Every push so far is terminal."""
-        return not self._live
-
-    def submitted(self, push: Push, size_bytes: int) -> None:
-        self._live[push.id] = push
-        self.num_submitted += 1
-        self.bytes_planned += size_bytes
-        for block in push.src_blocks:
-            if block not in self._pushes_of:
-                self.pool.hold(block, self._sender)
-            self._pushes_of[block] = self._pushes_of.get(block, 0) + 1
-
-    def ended(self, event: PushEnded, now: float) -> None:
-        """Note an outcome; blocks are given back by terminal ones only."""
-        push = self._live.get(event.id)
-        if push is None:
-            return
-        if event.outcome is not Outcome.COMPLETED and self.error is None:
-            self.error = event.error or event.outcome.value
-        if not event.terminal:
-            fresh = [block for block in push.src_blocks if block not in self._quarantined]
-            self.pool.quarantine(fresh, self._sender)
-            self._quarantined.update(fresh)
-            return
-        del self._live[event.id]
-        self.bytes_moved += event.bytes_moved
-        self.busy_s += event.seconds
-        for block in push.src_blocks:
-            self._give_back(block)
-        if not self._live:
-            self.last_end = now
-
-    @property
-    def _sender(self) -> Holder:
-        return Holder(HolderKind.SENDER, self.attempt)
-
-    def _give_back(self, block: BlockId) -> None:
-        self._pushes_of[block] -= 1
-        if self._pushes_of[block]:
-            return
-        del self._pushes_of[block]
-        if block in self._quarantined:
-            self._quarantined.remove(block)
-            self.pool.release(block, quarantined_by(self.attempt))
-        else:
-            self.pool.release(block, self._sender)

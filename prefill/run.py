@@ -13,8 +13,8 @@ from pdserve.engine.block_pool import Holder, HolderKind
 from pdserve.engine.prefix_cache import PrefixHashes
 from pdserve.worker.compute import PromptLogprobs, Work, slice_logits
 from pdserve.worker.events import OwnerId
+from pdserve.worker.pushes import PushBook
 from pdserve.worker.urgency import Urgency
-from prefill.pushes import PushBook
 
 
 class Stage(Enum):

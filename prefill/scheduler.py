@@ -53,8 +53,8 @@ from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
+from pdserve.worker.pushes import PushBook
 from pdserve.worker.urgency import prefill_urgency
-from prefill.pushes import PushBook
 from prefill.queue import PromptQueue
 from prefill.run import Chunk, PrefillPlan, PrefillRun, Stage
 from prefill.sending import PushMaker
@@ -179,6 +179,9 @@ class PrefillScheduler:
         run = self._runs.get(message.attempt)
         if run is None:
             return [Send(owner, PushesSettled(attempt=message.attempt))]
+        if run.owner != owner and run.owner_lost:
+            # Another coordinator asks when the decode worker's blocks are safe: it hears the last word.
+            run.owner, run.owner_lost = owner, False
         if run.owner != owner:
             return [Send(owner, attempt_failed(run.attempt, AttemptInUse(run.attempt)))]
         return self._abandon(run, RequestCancelled(message.reason), now)

@@ -44,6 +44,8 @@ _TAGGED: Final[tuple[type, ...]] = (
     messages.Heartbeat,
     messages.PushNote,
     messages.PushesSettled,
+    messages.Migrate,
+    messages.Orphaned,
 )
 _TAG_OF: Final[dict[type, int]] = {cls: tag for tag, cls in enumerate(_TAGGED)}
 

@@ -15,7 +15,7 @@ from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import Fingerprint
 from pdserve.core.sampling import SamplingParams, TokenLogprobs
 
-HANDOVER_VERSION: Final = 1
+HANDOVER_VERSION: Final = 2
 
 
 class Role(StrEnum):
@@ -94,12 +94,16 @@ class DropPeer:
 class StartDecode:
     """Reserve blocks for a request. The answer is `Reserved` or `Refused`.
 
-    `prefill_worker` None: this worker reads the prompt itself (colocated, or cheaper than moving it).
+    `prefill_worker` is who fills the blocks: a prefill worker, or the decode worker that a running request
+    moves away from. None: this worker reads the prompt itself (colocated, or cheaper than moving it).
     """
 
     spec: RequestSpec
     prefill_worker: WorkerId | None
     lease_s: float
+    ahead_tokens: int = 0
+    """The request runs elsewhere meanwhile: its KV may be up to this much longer than `spec.tokens` when it
+    comes. `Reserved.blocks` has room for that, as far as the answer can get so long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,26 @@ class StartPrefill:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Migrate:
+    """Push the KV of a running attempt to another decode worker, which reserved blocks for it as `to`.
+
+    Full blocks go while the attempt runs on; then it pauses, and the rest goes with the hand-over. It keeps
+    its blocks until `Cancel(attempt)` says that it runs there, or goes on here after `Cancel(to)`. Every
+    `Migrate` ends with exactly one `TransferDone` or `PushesSettled` of `to`, as every `StartPrefill` does.
+    """
+
+    attempt: AttemptId
+    to: AttemptId
+    num_tokens: int
+    """Of the target's `spec.tokens`: a beginning of the attempt's tokens, and not all of them."""
+    decode_worker: WorkerId
+    decode_epoch: int
+    dst_blocks: list[BlockId]
+    dst_cached_tokens: int
+    transfer_deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RenewLease:
     attempt: AttemptId
     lease_s: float
@@ -127,7 +151,8 @@ class Cancel:
     """Stop an attempt and return its blocks; a later message of it is ignored.
 
     A decode worker still waiting for pushes quarantines the attempt's blocks until `PushesSettled` or
-    `DropPeer`; a prefill worker answers with `PushesSettled` (see there), also for an attempt it never saw.
+    `DropPeer`; a prefill worker answers with `PushesSettled` (see there), also for an attempt it never saw. A
+    decode worker does so for what it does not know: it may have been a migration's.
     """
 
     attempt: AttemptId
@@ -148,7 +173,7 @@ class PushesSettled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drain:
-    """Take no new requests; finish those that run."""
+    """Take no new requests; finish those that run, or see them moved away."""
 
 
 # --- up ---------------------------------------------------------------------------------------------
@@ -217,7 +242,7 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferDone:
-    """From the prefill worker: every push of this attempt is terminal, its blocks are back."""
+    """From the worker that pushed: every push of this attempt is terminal."""
 
     attempt: AttemptId
     bytes_moved: int
@@ -259,6 +284,16 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Orphaned:
+    """From a decode worker, to every coordinator it meets: blocks are in quarantine for an attempt whose own
+    coordinator is gone. Who can ask `writer` answers with `PushesSettled`."""
+
+    attempt: AttemptId
+    writer: WorkerId
+    writer_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCounts:
     """free + held + cached + quarantined == total, always. `cached` are held by the prefix cache alone."""
 
@@ -293,6 +328,8 @@ class Heartbeat:
     prefix_query_tokens: int
     steps: int
     draining: bool = False
+    step_age_s: float = 0.0
+    """How long the step under way has lasted; 0 between steps."""
 
 
 # --- across -----------------------------------------------------------------------------------------
@@ -310,12 +347,17 @@ class Handover:
     version: int
     attempt: AttemptId
     num_tokens: int
-    """Tokens whose KV was computed; must equal len(spec.tokens)."""
+    """Tokens whose KV was computed; must equal len(spec.tokens) + len(tokens)."""
     num_pushes: int
     """Pushes of this attempt, this one included; the decode worker counts them."""
     bytes_moved: int
     first_token: int
+    """The next one, whose KV nobody has computed."""
     logprobs: TokenLogprobs | None
+    tokens: list[int] = field(default_factory=list)
+    """Of a migration: between `spec.tokens` and `first_token`. The coordinator may not have heard of them."""
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Empty, or one for each of `tokens`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,7 +370,16 @@ class PushNote:
 
 
 Down = (
-    Hello | ConnectPeer | DropPeer | StartDecode | StartPrefill | RenewLease | Cancel | PushesSettled | Drain
+    Hello
+    | ConnectPeer
+    | DropPeer
+    | StartDecode
+    | StartPrefill
+    | Migrate
+    | RenewLease
+    | Cancel
+    | PushesSettled
+    | Drain
 )
 Up = (
     Hello
@@ -343,6 +394,7 @@ Up = (
     | KvArrived
     | Tokens
     | AttemptFailed
+    | Orphaned
     | Heartbeat
 )
 Across = PushNote

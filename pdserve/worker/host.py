@@ -202,6 +202,7 @@ class WorkerHost:
         if hello.protocol != PROTOCOL_VERSION:
             raise ProtocolError(f"{hello.sender} speaks protocol {hello.protocol}, not {PROTOCOL_VERSION}")
         connection.post([self._info, self._heartbeat()])
+        self._on_event(FromCoordinator(connection.owner, hello))
         for message in rest:
             self._on_event(FromCoordinator(connection.owner, message))
 

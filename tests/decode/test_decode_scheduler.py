@@ -55,7 +55,7 @@ class Bench:
         self.scheduler = DecodeScheduler(
             worker=WorkerId("decode-0"),
             epoch=1,
-            block_tokens=BLOCK,
+            layout=LAYOUT,
             num_blocks=num_blocks,
             max_len=100,
             max_num_seqs=max_num_seqs,

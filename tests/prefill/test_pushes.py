@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kvtransfer.protocol import Outcome, Push, PushEnded
 from pdserve.core.ids import AttemptId, BlockId, RequestId, WorkerId
 from pdserve.engine.block_pool import BlockPool, BlockState, Holder, HolderKind
-from prefill.pushes import PushBook, blocks_to_push
+from pdserve.worker.pushes import PushBook
+from prefill.pushes import blocks_to_push
 
 ATTEMPT = AttemptId(RequestId("r"), 0)
 COMPUTE = Holder(HolderKind.COMPUTE, ATTEMPT)

@@ -328,13 +328,13 @@ def test_peers_with_different_models_never_exchange_a_byte(tmp_path: Path) -> No
     run(tmp_path, scenario, engines=engines)
 
 
-def test_a_cancel_of_an_unknown_attempt_is_answered_by_a_prefill_worker(tmp_path: Path) -> None:
+def test_a_cancel_of_an_unknown_attempt_is_answered_by_either_worker(tmp_path: Path) -> None:
     async def scenario(pair: Pair, driver: Driver) -> None:
         attempt = AttemptId(RequestId("never seen"), 3)
         driver.send(PREFILL, Cancel(attempt=attempt, reason="test"))
         driver.send(DECODE, Cancel(attempt=attempt, reason="test"))
-        await driver.until(lambda: bool(driver.strays))
-        assert driver.strays == [PushesSettled(attempt=attempt)]
+        await driver.until(lambda: len(driver.strays) == 2)
+        assert driver.strays == [PushesSettled(attempt=attempt)] * 2
 
     run(tmp_path, scenario)
 

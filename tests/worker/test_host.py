@@ -103,11 +103,27 @@ async def receive(channel: Channel) -> list[Message]:
 
 
 async def next_event(events: Events) -> FromCoordinator | CoordinatorLost:
-    return await asyncio.to_thread(events.get, True, 5.0)
+    """The next one after greetings."""
+    while True:
+        event = await asyncio.to_thread(events.get, True, 5.0)
+        if not (isinstance(event, FromCoordinator) and isinstance(event.message, Hello)):
+            return event
 
 
 def tokens(index: int, count: int = 1) -> Tokens:
     return Tokens(attempt=ATTEMPT, first_index=index, tokens=[7] * count)
+
+
+def test_a_greeting_is_an_event_that_can_be_answered(tmp_path: Path) -> None:
+    async def scenario(host: WorkerHost, address: str, events: Events) -> None:
+        async with greeted(address) as channel:
+            event = await asyncio.to_thread(events.get, True, 5.0)
+            assert event == FromCoordinator(OwnerId(0), HELLO)
+            host.post({event.owner: [tokens(0)]})
+            assert await receive(channel) == [tokens(0)]
+
+    with serving(tmp_path) as parts:
+        asyncio.run(scenario(*parts))
 
 
 def test_messages_go_both_ways_and_the_end_of_a_connection_is_an_event(tmp_path: Path) -> None:
