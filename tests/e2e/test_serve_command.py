@@ -23,7 +23,6 @@ PDSERVE = [sys.executable, "-m", "pdserve.cli"]
 def test_serve_answers_and_leaves_no_process_and_no_file_behind(
     tiny_oracle: tuple[Path, PreTrainedModel],
 ) -> None:
-    before = set(Path("/tmp").glob("pdserve-*"))
     settings = ["--set", "cache.num_blocks=64", "--set", "cache.block_size=16", "--no-dashboard"]
     serve = subprocess.Popen(
         [*PDSERVE, "serve", "--model", str(tiny_oracle[0]), "--port", "0", *settings],
@@ -38,9 +37,8 @@ def test_serve_answers_and_leaves_no_process_and_no_file_behind(
         assert all(any(actor in title for title in titles) for actor in ("PrefillActor", "DecodeActor")), (
             titles
         )
-        assert {path.stat().st_mode & 0o777 for path in set(Path("/tmp").glob("pdserve-*")) - before} == {
-            0o700
-        }
+        (run_dir,) = {Path(found) for title in titles for found in re.findall(r"/tmp/pdserve-[^/\s]+", title)}
+        assert run_dir.stat().st_mode & 0o777 == 0o700
         answer = subprocess.run(
             [*PDSERVE, "generate", "--raw", "the", "--address", address, "--max-tokens", "4", "--json"],
             capture_output=True,
@@ -58,7 +56,7 @@ def test_serve_answers_and_leaves_no_process_and_no_file_behind(
         assert "stopped" in said
         assert "Traceback" not in said
         assert [child for child in started if child.is_running()] == []
-        assert set(Path("/tmp").glob("pdserve-*")) <= before
+        assert not run_dir.exists()
     finally:
         serve.kill()
         serve.wait()

@@ -6,6 +6,7 @@ Paths are given to protoc from the repository's root, so that the stubs import e
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
@@ -17,15 +18,19 @@ SOURCES: Final = ("pdserve/core/proto/pdserve/v1/generation.proto",)
 
 def generate(out: Path) -> None:
     """Write the stubs of every source under `out`, with the sources' own folders. Needs the `dev` extra."""
-    from grpc_tools import protoc  # type: ignore[import-untyped]  # a development tool, with no stubs
-
     well_known = str(resources.files("grpc_tools") / "_proto")
     flags = [f"--{kind}_out={out}" for kind in ("python", "grpc_python")]
     # Readable stubs: the .proto comments become docstrings.
     flags += [f"--mypy_out=readable_stubs:{out}", f"--mypy_grpc_out={out}"]
-    code = protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *flags, *SOURCES])
-    if code != 0:
-        raise SystemExit(f"protoc ended with {code}; is the `dev` extra installed and on PATH?")
+    # The plugins lie beside the interpreter, which need not be on PATH.
+    tools = Path(sys.executable).parent
+    flags += [f"--plugin={name}={tools / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    # A process of its own: protoc brings another copy of protobuf, which corrupts the heap of a process that
+    # loads NIXL later.
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", f"-I{well_known}", *flags, *SOURCES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"protoc failed; is the `dev` extra installed?\n{done.stderr}")
 
 
 if __name__ == "__main__":
