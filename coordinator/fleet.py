@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
 
+from coordinator.latency import ASSUMED_TOKENS_PER_S, LatencyModel, Work
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import blocks_for
 from pdserve.core.messages import Heartbeat, Role, WorkerInfo
-
-ASSUMED_TOKENS_PER_S: Final = 1000.0
-"""Prefill speed of a worker that has not told its own yet; only ratios between workers matter."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,8 +30,13 @@ class WorkerState:
     prefill_left: dict[AttemptId, int] = field(default_factory=dict)
     """Prompt tokens not yet computed, per attempt placed here."""
     tokens_per_s: float = ASSUMED_TOKENS_PER_S
+    latency: LatencyModel = field(default_factory=LatencyModel)
+    kv_token_bytes: int = field(init=False)
+    """What one token's KV takes in this worker's pool."""
     _blocks_sum: int = 0
     _prefill_sum: int = 0
+    _pairs_sum: float = 0.0
+    _prefill_totals: dict[AttemptId, int] = field(default_factory=dict)
 
     @property
     def id(self) -> WorkerId:
@@ -42,6 +44,9 @@ class WorkerState:
 
     def __post_init__(self) -> None:
         self.window = self.info.max_num_seqs
+        self.kv_token_bytes = sum(
+            layout.block_bytes // layout.block_tokens for layout in self.info.fingerprint.layouts
+        )
 
     def takes_decode(self) -> bool:
         return self.up and not self.draining and not self.full and len(self.unanswered) < self.window
@@ -61,8 +66,9 @@ class WorkerState:
         self.unanswered.add(attempt)
 
     def place_prefill(self, attempt: AttemptId, tokens: int) -> None:
-        self.prefill_left[attempt] = tokens
+        self.prefill_left[attempt] = self._prefill_totals[attempt] = tokens
         self._prefill_sum += tokens
+        self._pairs_sum += tokens * tokens / 2
 
     def prefill_reached(self, attempt: AttemptId, left: int) -> None:
         """`left` more tokens of this prompt to compute; 0 forgets it."""
@@ -70,15 +76,18 @@ class WorkerState:
         if before is None:
             return
         self._prefill_sum += left - before
+        total = self._prefill_totals[attempt]
+        self._pairs_sum -= ((total - left) ** 2 - (total - before) ** 2) / 2
         if left:
             self.prefill_left[attempt] = left
         else:
-            del self.prefill_left[attempt]
+            del self.prefill_left[attempt], self._prefill_totals[attempt]
 
     def release(self, attempt: AttemptId) -> None:
         """The attempt has left this worker, or never got in."""
         self.unanswered.discard(attempt)
         self.prefill_reached(attempt, 0)
+        self.latency.prompt_dropped(attempt)
         blocks = self.blocks_placed.pop(attempt, None)
         if blocks is not None:
             self._blocks_sum -= blocks
@@ -98,7 +107,22 @@ class WorkerState:
         self.draining = beat.draining
         if beat.tokens_per_s > 0:
             self.tokens_per_s = beat.tokens_per_s
+        if self.info.role is Role.DECODE:
+            self.latency.heard(beat)
         self.room_may_have_appeared()
+
+    @property
+    def work_left(self) -> Work:
+        """Of all prompts placed here."""
+        return Work(len(self.prefill_left), self._prefill_sum, self._pairs_sum)
+
+    def batch_with(self, tokens: int) -> tuple[int, int]:
+        """Sequences and context tokens of its steps, as far as is known, once `tokens` more have joined."""
+        seqs, context = len(self.blocks_placed), self._blocks_sum * self.info.block_tokens
+        beat = self.heartbeat
+        if beat is not None and self.info.role is Role.DECODE:
+            seqs, context = max(seqs, beat.running), max(context, beat.waiting_tokens)
+        return seqs + 1, context + tokens
 
     def prefill_wait_s(self, tokens: int) -> float:
         """Predicted time until a prompt of `tokens` that is placed here now has been read."""

@@ -80,6 +80,9 @@ class Metrics:
         self.worker_waiting = gauge("worker_waiting", "Requests that wait on a worker", ["worker"])
         self.worker_step = gauge("worker_step_seconds", "Moving average of a step", ["worker"])
         self.worker_speed = gauge("worker_tokens_per_second", "As the worker measures it", ["worker"])
+        self.latency_error = gauge(
+            "latency_model_error_ratio", "Mean relative error of the latency model", ["worker", "what"]
+        )
         self.prefix_hits = gauge("worker_prefix_hit_tokens", "Since the worker's start", ["worker"])
         self.prefix_queries = gauge("worker_prefix_query_tokens", "Since the worker's start", ["worker"])
 
@@ -120,6 +123,9 @@ class Metrics:
         for worker in fleet:
             name = str(worker.id)
             self.worker_up.labels(name, worker.info.role.value, worker.model).set(worker.up)
+            for what, fit in worker.latency.fits().items():
+                if fit.count:
+                    self.latency_error.labels(name, what).set(fit.error)
             beat = worker.heartbeat
             if beat is None:
                 continue

@@ -87,7 +87,11 @@ def reserved(book: Book, flight: Flight, attempt: Attempt, message: Reserved, no
     decode.reserved(attempt.id)
     attempt.cached_tokens = message.cached_tokens
     flight.record.move_to(Phase.PREFILLING, now=now)
+    reader = decode if attempt.prefill is None else book.fleet.up(attempt.prefill)
+    if reader is not None:
+        reader.latency.prompt_sent(attempt.id, flight.num_tokens, now)
     if attempt.prefill is None:
+        decode.latency.prompt_cached(attempt.id, message.cached_tokens)
         return []
     book.leased[flight.id] = now
     book.pushes.opened(attempt.id, attempt.prefill, attempt.decode, decode.info.epoch)

@@ -9,8 +9,32 @@ from coordinator.flight import Attempt, Flight
 from pdserve.core.errors import InvariantViolated
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.lifecycle import Phase
-from pdserve.core.messages import PrefillDone, PrefillProgress, RenewLease, Tokens
+from pdserve.core.messages import (
+    PrefillDone,
+    PrefillProgress,
+    PrefillStarted,
+    RenewLease,
+    Tokens,
+    TransferDone,
+)
 from pdserve.core.sampling import TokenLogprobs
+
+
+def prefill_started(
+    book: Book, flight: Flight, attempt: Attempt, message: PrefillStarted, now: float
+) -> list[Action]:
+    attempt.prefill_queue_s = message.queue_s
+    reader = book.fleet.get(attempt.prefill or attempt.decode)
+    if reader is not None:
+        reader.latency.prompt_cached(attempt.id, message.cached_tokens)
+    return renew_lease(book, flight, attempt, now)
+
+
+def transferred(book: Book, attempt: Attempt, message: TransferDone) -> None:
+    attempt.transfer = message
+    prefill = book.fleet.get(attempt.prefill)
+    if prefill is not None and message.bytes_moved:
+        prefill.latency.transferred(message)
 
 
 def prefill_progress(
@@ -19,6 +43,7 @@ def prefill_progress(
     reader = book.fleet.get(attempt.prefill or attempt.decode)
     if reader is not None:
         reader.prefill_reached(attempt.id, max(flight.num_tokens - message.tokens_done, 0))
+        reader.latency.prompt_reached(attempt.id, message.tokens_done, now)
     return renew_lease(book, flight, attempt, now)
 
 
@@ -52,6 +77,7 @@ def prefill_done(
     reader = book.fleet.get(attempt.prefill or attempt.decode)
     if reader is not None:
         reader.prefill_reached(attempt.id, 0)
+        reader.latency.prompt_read(attempt.id, now)
     actions: list[Action] = []
     if flight.request.sampling.prompt_logprobs is not None and not flight.prompt_logprobs_sent:
         flight.prompt_logprobs_sent = True

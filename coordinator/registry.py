@@ -36,6 +36,7 @@ from coordinator.events import (
 from coordinator.failures import failure_of
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.flight import Attempt, Flight
+from coordinator.latency import LatencyModel
 from coordinator.router import Router
 from pdserve.core.errors import DeadlineExceeded, NoWorkers, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
@@ -203,14 +204,13 @@ class Registry:
             case KvArrived() if by_decode:
                 progress.kv_arrived(self._book, flight, attempt, now)
             case PrefillStarted() if by_reader:
-                attempt.prefill_queue_s = message.queue_s
-                return progress.renew_lease(self._book, flight, attempt, now)
+                return progress.prefill_started(self._book, flight, attempt, message, now)
             case PrefillProgress() if by_reader:
                 return progress.prefill_progress(self._book, flight, attempt, message, now)
             case PrefillDone() if by_reader:
                 return progress.prefill_done(self._book, flight, attempt, message, now)
             case TransferDone() if worker == attempt.prefill:
-                attempt.transfer = message
+                progress.transferred(self._book, attempt, message)
             case AttemptFailed() if by_decode or (by_reader and not attempt.kv_arrived):
                 # While its KV is awaited, either side or what is between them may be at fault.
                 blame = (worker,) if attempt.kv_arrived else (attempt.decode, attempt.prefill)
@@ -237,7 +237,10 @@ class Registry:
             # A worker is replaced only after the process before it has ended.
             gone = WorkerGone(worker=info.worker, epoch=known.info.epoch, why="replaced")
             actions += self._worker_gone(gone, now)
-        state = WorkerState(info=info, model=event.model)
+        alike = self.fleet.of(event.model, info.role)
+        state = WorkerState(
+            info=info, model=event.model, latency=LatencyModel(alike[0].latency if alike else None)
+        )
         self.fleet.add(state)
         if info.role is Role.DECODE:
             self._book.no_decode_since.pop(event.model, None)

@@ -1,0 +1,170 @@
+"""How long a worker takes, learned from what it reports: what routing and admission predict with.
+
+    prefill   seconds = a * prompts + b * tokens + c * (tokens x context)   every step that ends, as heard
+    decode    seconds = d + e * sequences + f * context tokens               a step, from heartbeats
+    exposed   seconds = g + h * bytes                                        KV under way after prefill ended
+
+Prefill is additive in its features, so that the time until a whole queue has been read is one product with
+the queue's sums. It is learned from what passes between two frames of a busy worker, not from the time that
+a prompt says it took: prompts share steps, and each counts the whole of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from coordinator.linear_fit import LinearFit
+from pdserve.core.ids import AttemptId
+from pdserve.core.messages import Heartbeat, TransferDone
+
+ASSUMED_TOKENS_PER_S: Final = 1000.0
+"""Prefill speed of a worker of which nothing is known yet."""
+_PREFILL_PRIOR: Final = (100 / ASSUMED_TOKENS_PER_S, 1 / ASSUMED_TOKENS_PER_S, 5e-5 / ASSUMED_TOKENS_PER_S)
+_DECODE_PRIOR: Final = (1e-2, 1e-4, 1e-7)
+_EXPOSED_PRIOR: Final = (1e-3, 1e-9)
+_SAME_FRAME_S: Final = 5e-4
+"""Messages of one step come in one frame and are handled within this time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Prompts to read, in the features of prefill. Sums of work are work."""
+
+    prompts: int = 0
+    tokens: int = 0
+    pairs: float = 0.0
+    """Sum over the tokens of the tokens before each: what attention computes."""
+
+    @classmethod
+    def of(cls, start: int, end: int, *, ends: bool) -> Work:
+        """Tokens [start, end) of a prompt. ends: its last token is among them."""
+        return cls(int(ends), end - start, (end * end - start * start) / 2)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.prompts + other.prompts, self.tokens + other.tokens, self.pairs + other.pairs)
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.prompts - other.prompts, self.tokens - other.tokens, self.pairs - other.pairs)
+
+    @property
+    def features(self) -> tuple[float, float, float]:
+        return (self.prompts, self.tokens, self.pairs)
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Cuts what a worker says about its prompts into steps, each with its time and its work."""
+
+    reading: dict[AttemptId, tuple[int, int]] = field(default_factory=dict)
+    """(Tokens computed or cached, tokens in all) of prompts that were sent and not read yet."""
+    since: float = 0.0
+    """End of the frame before, or when the first prompt was sent to an idle worker."""
+    frame: float | None = None
+    """When the frame came that is being heard; None: nothing heard since `since`."""
+    work: Work = Work()
+    spoiled: bool = False
+    """Some of what the time since `since` went into was never told."""
+
+    def close(self, now: float) -> tuple[float, Work] | None:
+        """The last frame's seconds and work, once what is heard at `now` cannot belong to it."""
+        if self.frame is None or now - self.frame <= _SAME_FRAME_S:
+            return None
+        seconds, work, spoiled = self.frame - self.since, self.work, self.spoiled
+        self.begin(self.frame)
+        return None if spoiled else (seconds, work)
+
+    def begin(self, since: float) -> None:
+        self.since, self.frame, self.work, self.spoiled = since, None, Work(), False
+
+
+class LatencyModel:
+    """Of one worker. Times are on the registry's clock, in seconds."""
+
+    def __init__(self, like: LatencyModel | None = None) -> None:
+        """like: of a worker of the same kind, whose coefficients are a better beginning than ours."""
+
+        self.prefill: LinearFit = _fit(_PREFILL_PRIOR, None if like is None else like.prefill)
+        self.decode: LinearFit = _fit(_DECODE_PRIOR, None if like is None else like.decode)
+        self.exposed: LinearFit = _fit(_EXPOSED_PRIOR, None if like is None else like.exposed)
+        self._steps = _Steps()
+        self._beats = 0
+
+    def fits(self) -> dict[str, LinearFit]:
+        """By what they predict."""
+        return {"prefill": self.prefill, "decode": self.decode, "transfer": self.exposed}
+
+    # --- what it learns from --------------------------------------------------------------------------
+
+    def prompt_sent(self, attempt: AttemptId, tokens: int, now: float) -> None:
+        steps = self._steps
+        if not steps.reading:
+            self._close(now)
+            steps.begin(now)
+        steps.reading[attempt] = (0, tokens)
+
+    def prompt_cached(self, attempt: AttemptId, cached: int) -> None:
+        """It need not be read from the beginning."""
+        known = self._steps.reading.get(attempt)
+        if known is not None:
+            self._steps.reading[attempt] = (cached, known[1])
+
+    def prompt_reached(self, attempt: AttemptId, tokens_done: int, now: float) -> None:
+        """A step ended with `tokens_done` tokens of this prompt computed."""
+        known = self._steps.reading.get(attempt)
+        if known is None or tokens_done <= known[0]:
+            return
+        self._close(now)
+        ends = tokens_done >= known[1]
+        steps = self._steps
+        steps.work += Work.of(known[0], tokens_done, ends=ends)
+        steps.frame = now if steps.frame is None else steps.frame
+        if ends:
+            del steps.reading[attempt]
+        else:
+            steps.reading[attempt] = (tokens_done, known[1])
+
+    def prompt_read(self, attempt: AttemptId, now: float) -> None:
+        known = self._steps.reading.get(attempt)
+        if known is not None:
+            self.prompt_reached(attempt, known[1], now)
+
+    def prompt_dropped(self, attempt: AttemptId) -> None:
+        """Taken back or failed. What it took of the step under way is not told, so that teaches nothing."""
+        if self._steps.reading.pop(attempt, None) is not None:
+            self._steps.spoiled = True
+
+    def _close(self, now: float) -> None:
+        step = self._steps.close(now)
+        if step is not None and step[0] > _SAME_FRAME_S:
+            self.prefill.learn(step[1].features, step[0])
+
+    def heard(self, beat: Heartbeat) -> None:
+        """Of a decode worker: its average step, with the batch that it has."""
+        if beat.steps > self._beats and beat.running > 0 and beat.step_s > 0:
+            self.decode.learn((1, beat.running, beat.waiting_tokens), beat.step_s)
+        self._beats = beat.steps
+
+    def transferred(self, done: TransferDone) -> None:
+        # Nothing was left to wait for: that is an observation too, and relative errors need more than zero.
+        self.exposed.learn((1, done.bytes_moved), max(done.exposed_s, 1e-4))
+
+    # --- what it predicts -----------------------------------------------------------------------------
+
+    def prefill_s(self, work: Work) -> float:
+        """Until all of `work` has been read."""
+        return self.prefill.predict(work.features)
+
+    def step_s(self, seqs: int, context_tokens: float) -> float:
+        return self.decode.predict((1, seqs, context_tokens))
+
+    def exposed_s(self, size_bytes: float) -> float:
+        return self.exposed.predict((1, size_bytes))
+
+
+def _fit(prior: tuple[float, ...], like: LinearFit | None) -> LinearFit:
+    if like is None or not like.count:
+        return LinearFit(prior)
+    # A coefficient that was found to be nothing there may still be something here.
+    floor = max(like.coefficients) * 1e-9
+    return LinearFit([max(c, floor) for c in like.coefficients], trusted=True)

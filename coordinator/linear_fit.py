@@ -1,0 +1,134 @@
+"""Least squares with forgetting for a few non-negative coefficients, learned one observation at a time.
+
+Errors are relative: a step of 10 ms that is predicted as 11 ms counts as one of 1 s predicted as 1.1 s. Each
+observation (x, y) enters as x/y -> 1, so with z = prior * x / y the coefficients w solve
+
+    (S + k I) w = t + k 1,    S = sum of f^age z z',    t = sum of f^age z
+
+which is Bayesian linear regression around the prior (w = 1) that is never forgotten: without observations of
+some kind, what is not observed drifts back to the prior instead of away. The first observation sets the
+prior's scale: its ratios are worth more than its units. Coefficients are kept from falling
+below zero by dropping the most negative one and solving again: more work never takes less time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+FORGETTING: Final = 0.98
+"""Weight of an observation for each one after it: about the last fifty count."""
+_RIDGE: Final = 1e-4
+"""Weight of the prior, against 1 for an observation at the prior's value."""
+_NOISE: Final = 0.1
+"""Relative error of one observation that is to be expected before any is known."""
+_TRACK: Final = 0.05
+"""Of the newest observation in the moving averages of errors."""
+_LEARNING: Final = 10
+"""Observations before any is taken for an outlier."""
+_OUTLIER: Final = 4.0
+"""An observation counts at most as much as one that is off by this many standard deviations."""
+
+
+class LinearFit:
+    """seconds = sum of coefficient * feature, all coefficients >= 0, with what it is worth."""
+
+    def __init__(self, prior: Sequence[float], *, trusted: bool = False) -> None:
+        """prior: seconds per unit of each feature, > 0. trusted: also its scale, not only its ratios."""
+        if not prior or min(prior) <= 0:
+            raise ValueError(f"wanted positive prior coefficients, got {list(prior)}")
+        size = len(prior)
+        self._prior = tuple(prior)
+        self._s = [[0.0] * size for _ in range(size)]
+        self._t = [0.0] * size
+        self._coefficients: tuple[float, ...] = self._prior
+        self._stale = False
+        self._trusted = trusted
+        self._variance = _NOISE**2
+        self.error = 0.0
+        """Calibration error: mean of |predicted - observed| / observed, each before it was learned."""
+        self.count = 0
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """Seconds per unit of each feature."""
+        if self._stale:
+            self._coefficients = self._solve()
+            self._stale = False
+        return self._coefficients
+
+    def predict(self, x: Sequence[float]) -> float:
+        return sum(c * v for c, v in zip(self.coefficients, x, strict=True))
+
+    def std(self, x: Sequence[float]) -> float:
+        """Standard deviation of an observation about `predict(x)`: scatter so far, and what is unknown."""
+        scaled = [p * v for p, v in zip(self._prior, x, strict=True)]
+        unknown = _dot(scaled, _solve(self._normal(), scaled)) * _NOISE**2
+        return math.sqrt(self._variance * self.predict(x) ** 2 + unknown)
+
+    def learn(self, x: Sequence[float], y: float) -> None:
+        """One observation of `y` > 0 seconds; others are ignored."""
+        if y <= 0 or not math.isfinite(y):
+            return
+        if not self.count and not self._trusted:
+            self._rescale(x, y)
+        miss = (self.predict(x) - y) / y
+        weight = 1.0
+        if self.count >= _LEARNING:
+            limit = _OUTLIER * max(math.sqrt(self._variance), _NOISE)
+            weight = min(1.0, limit / abs(miss)) if miss else 1.0
+        track = max(_TRACK, 1 / (self.count + 1))
+        self.error += track * (abs(miss) - self.error)
+        self._variance += track * (min(miss * miss, 1.0) - self._variance)
+        z = [p * v / y for p, v in zip(self._prior, x, strict=True)]
+        for i, zi in enumerate(z):
+            row = self._s[i]
+            self._t[i] = FORGETTING * self._t[i] + weight * zi
+            for j, zj in enumerate(z):
+                row[j] = FORGETTING * row[j] + weight * zi * zj
+        self.count += 1
+        self._stale = True
+
+    def _rescale(self, x: Sequence[float], y: float) -> None:
+        predicted = self.predict(x)
+        if predicted > 0:
+            self._coefficients = self._prior = tuple(p * y / predicted for p in self._prior)
+
+    def _normal(self) -> list[list[float]]:
+        return [
+            [value + _RIDGE if i == j else value for j, value in enumerate(row)]
+            for i, row in enumerate(self._s)
+        ]
+
+    def _solve(self) -> tuple[float, ...]:
+        matrix, right = self._normal(), [value + _RIDGE for value in self._t]
+        kept = list(range(len(right)))
+        while kept:
+            w = _solve([[matrix[i][j] for j in kept] for i in kept], [right[i] for i in kept])
+            worst = min(range(len(kept)), key=w.__getitem__)
+            if w[worst] >= 0:
+                found = dict(zip(kept, w, strict=True))
+                return tuple(found.get(i, 0.0) * p for i, p in enumerate(self._prior))
+            del kept[worst]
+        return self._prior
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _solve(matrix: list[list[float]], right: Sequence[float]) -> list[float]:
+    """Gauss without pivoting: the matrix is symmetric and positive definite."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    size = len(rows)
+    for i in range(size):
+        for j in range(i + 1, size):
+            factor = rows[j][i] / rows[i][i]
+            for k in range(i, size + 1):
+                rows[j][k] -= factor * rows[i][k]
+    found = [0.0] * size
+    for i in reversed(range(size)):
+        rest = sum(rows[i][k] * found[k] for k in range(i + 1, size))
+        found[i] = (rows[i][size] - rest) / rows[i][i]
+    return found
