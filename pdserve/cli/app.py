@@ -14,6 +14,7 @@ import typer
 from rich.logging import RichHandler
 
 from pdserve import __version__
+from pdserve.cli.bench import bench_app
 from pdserve.cli.configuration import config_app
 from pdserve.cli.console import ERR, fail
 from pdserve.cli.demo import demo
@@ -43,6 +44,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(demo)
 app.command()(doctor)
+app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
 

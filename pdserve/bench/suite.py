@@ -1,0 +1,233 @@
+"""A whole run: every system in turn, trial by trial, so that a slow minute of the machine hits all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from pdserve.bench.environment import Environment, describe_environment
+from pdserve.bench.load import Progress, run_trial
+from pdserve.bench.records import Trial
+from pdserve.bench.scenario import Scenario, Search
+from pdserve.bench.search import Goodput, GoodputSearch, Point
+from pdserve.bench.servers import Server, serving
+from pdserve.bench.traces import TraceRow, read_trace
+from pdserve.bench.workload import ServerLimits, build_workload
+from pdserve.core.errors import PdServeError
+
+COMMON_ROUND: Final = 1_000_000
+"""The round number of the last trials of a search, at one rate for all systems."""
+_WARM_UP_S: Final = 3.0
+_WARM_UP_SEED: Final = 999_983
+
+
+class Observer(Protocol):
+    """Told how a run goes."""
+
+    def say(self, text: str) -> None: ...
+
+    def trial_began(self, system: str, rate: float, num_requests: int) -> None: ...
+
+    def progressed(self, system: str, progress: Progress) -> None: ...
+
+    def trial_ended(self, trial: Trial) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class SystemResult:
+    name: str
+    prefill: int | None
+    """Workers, of a pdserve started here."""
+    decode: int | None
+    command: tuple[str, ...]
+    address: str
+    units: float | None
+    unit: str
+    price_per_unit_hour: float | None
+    points: list[Point] = field(default_factory=list)
+    goodputs: list[Goodput] = field(default_factory=list)
+    failed: str = ""
+    """Why it was given up."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    scenario: Scenario
+    environment: Environment
+    systems: list[SystemResult]
+    trials: list[Trial]
+    wall_s: float = 0.0
+
+    def trials_of(self, system: str) -> list[Trial]:
+        return [trial for trial in self.trials if trial.system == system]
+
+    def common_trials(self) -> list[Trial]:
+        """All systems at the same rate: the last of a search, else the highest rate that was measured."""
+        common = [trial for trial in self.trials if trial.round == COMMON_ROUND]
+        if common:
+            return common
+        highest = max((trial.rate for trial in self.trials), default=0.0)
+        return [trial for trial in self.trials if trial.rate == highest]
+
+
+async def run_suite(scenario: Scenario, out: Path, observer: Observer) -> Run:
+    """Start what must be started, measure, stop it. A system that fails is left out from then on.
+
+    Raises a `PdServeError` when a server cannot be reached or started, or the trace cannot be read.
+    """
+    began_s = time.perf_counter()
+    trace = await asyncio.to_thread(read_trace, scenario.replay.path) if scenario.replay else []
+    run = Run(scenario=scenario, environment=describe_environment(), systems=[], trials=[])
+    async with contextlib.AsyncExitStack() as stack:
+        servers = []
+        for spec in scenario.systems:
+            observer.say(f"{'connecting to' if spec.address else 'starting'} {spec.name}")
+            servers.append(await stack.enter_async_context(serving(spec, out / "logs")))
+        run.systems = [_describe(server) for server in servers]
+        measurement = _Measurement(run, servers, trace, observer)
+        await measurement.warm_up()
+        if scenario.rates:
+            await measurement.sweep()
+        else:
+            await measurement.search()
+        observer.say("stopping")
+    run.wall_s = time.perf_counter() - began_s
+    return run
+
+
+class _Measurement:
+    def __init__(
+        self, run: Run, servers: Sequence[Server], trace: Sequence[TraceRow], observer: Observer
+    ) -> None:
+        self._run, self._scenario, self._trace, self._observer = run, run.scenario, trace, observer
+        self._servers = list(servers)
+        self._began_s = time.perf_counter()
+        # One workload for all: what the smallest can take.
+        self._limits = ServerLimits(
+            vocab_size=min(server.limits.vocab_size for server in servers),
+            max_model_len=min(server.limits.max_model_len for server in servers),
+        )
+
+    async def warm_up(self) -> None:
+        """First transfers, connections and caches: not measured."""
+        short = self._scenario.model_copy(update={"duration_s": _WARM_UP_S, "warmup_s": 0.0})
+        rate = min(self._scenario.rates, default=self._scenario.search.start_rate)
+        for server in self._turns(0):
+            self._observer.say(f"warming up {server.spec.name}")
+            await self._trial(server, rate, _WARM_UP_SEED, scenario=short, keep=False)
+
+    async def sweep(self) -> None:
+        """Every rate in every round, every system at each."""
+        searches = {server.spec.name: GoodputSearch(self._scenario.search) for server in self._servers}
+        for round in range(self._scenario.rounds):
+            for rate in self._scenario.rates:
+                for server in self._turns(round):
+                    trial = await self._trial(server, rate, round)
+                    if trial is not None:
+                        searches[trial.system].tell(rate, trial.met, trial.wall_s)
+        self._conclude(searches)
+
+    async def search(self) -> None:
+        """Each system's own search, a trial each in turn; then all at one rate."""
+        searches = {server.spec.name: GoodputSearch(self._scenario.search) for server in self._servers}
+        tried: dict[tuple[str, float], int] = {}
+        for turn in range(1_000_000):
+            asked = False
+            for server in self._turns(turn):
+                name = server.spec.name
+                rate = searches[name].next_rate()
+                if rate is None:
+                    continue
+                asked = True
+                repeat = tried[name, rate] = tried.get((name, rate), -1) + 1
+                before_s = time.perf_counter()
+                trial = await self._trial(server, rate, repeat)
+                if trial is not None:
+                    searches[name].tell(rate, trial.met, time.perf_counter() - before_s)
+            if not asked or not self._servers:
+                break
+        self._conclude(searches)
+        await self._at_a_common_rate(searches)
+
+    async def _at_a_common_rate(self, searches: dict[str, GoodputSearch]) -> None:
+        found = [searches[server.spec.name].estimate(self._scenario.search.goal) for server in self._servers]
+        rates = [goodput.rate for goodput in found if goodput.rate is not None]
+        if rates:
+            for server in self._turns(0):
+                await self._trial(server, min(rates), COMMON_ROUND)
+
+    def _conclude(self, searches: dict[str, GoodputSearch]) -> None:
+        settings: Search = self._scenario.search
+        for result in self._run.systems:
+            search = searches[result.name]
+            result.points = search.points()
+            wanted = sorted({*settings.attainment, settings.goal})
+            result.goodputs = [search.estimate(goal) for goal in wanted] if result.points else []
+
+    def _turns(self, number: int) -> list[Server]:
+        """Who is left, beginning with another one each time."""
+        count = len(self._servers)
+        return [self._servers[(number + index) % count] for index in range(count)]
+
+    async def _trial(
+        self, server: Server, rate: float, round: int, *, scenario: Scenario | None = None, keep: bool = True
+    ) -> Trial | None:
+        """None when the system failed altogether; it is left out then."""
+        scenario = scenario or self._scenario
+        name = server.spec.name
+        workload = build_workload(scenario, rate, round, self._limits, trace=self._trace)
+        self._observer.trial_began(name, rate, sum(len(s.turns) for s in workload.sessions))
+        trial = await run_trial(
+            server.driver,
+            workload,
+            system=name,
+            rate=rate,
+            round=round,
+            drain_s=scenario.drain_s,
+            started_s=time.perf_counter() - self._began_s,
+            watch=lambda progress: self._observer.progressed(name, progress),
+        )
+        if keep:
+            self._run.trials.append(trial)
+            self._observer.trial_ended(trial)
+        gone = await self._why_gone(server, trial)
+        if gone:
+            self._observer.say(f"{name} failed: {gone}")
+            self._servers.remove(server)
+            next(result for result in self._run.systems if result.name == name).failed = gone
+            return None
+        return trial
+
+    async def _why_gone(self, server: Server, trial: Trial) -> str:
+        """Why no request got an answer, when the server does not even say its models any more."""
+        if not trial.records or any(record.token_times_s for record in trial.records):
+            return ""
+        errors = [record.error_text for record in trial.records if record.error not in (None, "cut")]
+        if not errors:
+            return ""
+        try:
+            await server.driver.limits()
+        except PdServeError as error:
+            return str(error)
+        # It lives, and refuses everything: for overload that is an answer, for bad requests it is not.
+        kinds = {record.error for record in trial.records} - {"cut", "Overloaded", "NoWorkers", "WorkerLost"}
+        return errors[0] if kinds and len(errors) == len(trial.records) else ""
+
+
+def _describe(server: Server) -> SystemResult:
+    spec, started = server.spec, bool(server.command)
+    return SystemResult(
+        name=spec.name,
+        prefill=spec.prefill if started else None,
+        decode=spec.decode if started else None,
+        command=("pdserve", *server.command[3:]) if started else (),  # without this machine's paths
+        address=server.address,
+        units=server.units,
+        unit=spec.unit,
+        price_per_unit_hour=spec.price_per_unit_hour,
+    )

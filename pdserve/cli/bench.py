@@ -1,0 +1,260 @@
+"""`pdserve bench`: how much load meets the targets, on servers that run or on ones made for it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pdserve.cli.console import ERR, OUT
+from pdserve.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pdserve.bench.load import Progress as LoadProgress
+    from pdserve.bench.records import Trial
+    from pdserve.bench.report.tables import Table as Figures
+    from pdserve.bench.scenario import Scenario
+    from pdserve.bench.suite import Run
+
+bench_app = typer.Typer(
+    help="Find how much load meets the targets; compare configurations, servers and runs.",
+    invoke_without_command=True,
+)
+
+DEFAULT_OUT: Final = Path("out/sla")
+_ON_TERMINAL: Final = 2
+"""Tables that are printed; the page has all."""
+
+
+@bench_app.callback()
+def bench(
+    context: typer.Context,
+    scenario: Annotated[
+        Path | None, typer.Option("--scenario", "-s", help="YAML file; see benchmarks/sla.", metavar="FILE")
+    ] = None,
+    address: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--address",
+            "-a",
+            help="Measure this server instead: host:port (gRPC), http://host:port (OpenAI); may be repeated.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="What to serve, or to ask the servers for.")
+    ] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Measure at these requests per second, as 1,2,4; else search.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="With --rates: turns of each system.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds of arrivals per trial.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds of search per system.")] = None,
+    slo: Annotated[
+        str | None, typer.Option(help="A preset for all classes, such as mlperf-llama2-70b-interactive.")
+    ] = None,
+    goal: Annotated[float | None, typer.Option(help="Part of requests inside targets to search for.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed sends the same requests.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = DEFAULT_OUT,
+) -> None:
+    """Find the highest rate with 90/95/99% of requests inside their targets, and write a report.
+
+    Without any option: serves the default model twice, disaggregated and colocated, on this machine, searches
+    for a few minutes, and writes out/sla/report.html. Exit code 1: a system failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    # Here, not at the top: numpy and gRPC take time to import, which `--help` should not.
+    from pdserve.bench.scenario import Scenario, load_scenario, parse_scenario
+
+    base = Scenario() if scenario is None else load_scenario(scenario)
+    changes = {
+        "systems": _systems(address, model, base),
+        "rates": _rates(rates),
+        "rounds": rounds,
+        "duration_s": duration,
+        "seed": seed,
+        "search": _given(base.search.model_dump(exclude_unset=True), budget_s=budget, goal=goal),
+        "classes": _classes(base, slo),
+    }
+    chosen = parse_scenario(
+        _given(base.model_dump(exclude_unset=True), **changes), str(scenario or "options")
+    )
+    run = _run(chosen, out)
+    if any(system.failed for system in run.systems):
+        raise typer.Exit(1)
+
+
+@bench_app.command("compare")
+def compare_command(
+    a: Annotated[Path, typer.Argument(help="Folder (or results.json) of the run to compare with.")],
+    b: Annotated[Path, typer.Argument(help="Folder (or results.json) of the new run.")],
+    system_a: Annotated[str | None, typer.Option(help="Which system of A, where it has several.")] = None,
+    system_b: Annotated[str | None, typer.Option(help="Which system of B.")] = None,
+    alpha: Annotated[float, typer.Option(help="Chance of a false alarm.", min=0.0001, max=0.5)] = 0.05,
+    min_effect: Annotated[
+        float, typer.Option(help="Smaller differences are let pass: 0.03 is 3%.", min=0.0)
+    ] = 0.03,
+) -> None:
+    """Say whether B is really slower than A. Exit code 1: it is.
+
+    Both should be made with the same scenario, seed, --rates and --rounds (5 or more, better 8).
+    """
+    from pdserve.bench.compare import compare, select
+    from pdserve.bench.report.files import read_results
+
+    before = select(read_results(a), system_a, str(a))
+    after = select(read_results(b), system_b or system_a, str(b))
+    found = compare(before, after, alpha=alpha, min_effect=min_effect)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "B against A", "95% interval", "p", "pairs", "verdict"):
+        table.add_column(column)
+    colours = {"worse": "red", "better": "green"}
+    for one in found.outcomes:
+        colour = colours.get(one.change.value, "dim")
+        table.add_row(
+            one.metric,
+            f"{one.effect:+.1%}",
+            f"{one.low:+.1%} .. {one.high:+.1%}",
+            f"{one.p:.3f}",
+            str(one.num_pairs),
+            f"[{colour}]{one.change.value}[/]",
+        )
+    OUT.print(table)
+    unpaired = f", {found.num_unpaired} requests unpaired" if found.num_unpaired else ""
+    OUT.print(
+        f"[dim]{found.num_pairs} pairs in {found.num_units} units (each a {found.unit.value}){unpaired}[/]"
+    )
+    if found.unit.value != "round":
+        OUT.print("[dim]few rounds: drift of the machine between the runs cannot be told from a change[/]")
+    raise typer.Exit(1 if found.regressed else 0)
+
+
+def _run(scenario: Scenario, out: Path) -> Run:
+    from pdserve.bench.report.html import headlines
+    from pdserve.bench.report.tables import tables_of
+    from pdserve.bench.report.write import write_report
+    from pdserve.bench.suite import run_suite
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error}") from error
+
+    async def main() -> Run:
+        task = asyncio.current_task()
+        if task is not None:
+            # As Ctrl-C: what was started is stopped.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        with Display() as display:
+            return await run_suite(scenario, out, display)
+
+    try:
+        run = asyncio.run(main())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    written = write_report(run, out)
+    for figures in tables_of(run)[:_ON_TERMINAL]:
+        _print(figures)
+    for line in headlines(run):
+        OUT.print(f"[bold]{escape(line)}[/]")
+    OUT.print(f"written: {escape(str(written[0]))} and {len(written) - 1} more in {escape(str(out))}")
+    return run
+
+
+class Display:
+    """Live progress: the trial that runs, and a line for each that ended."""
+
+    def __init__(self) -> None:
+        self._live = ERR.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.fields[system]}[/]"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=ERR,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None, system="")
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        if self._live:
+            self._progress.reset(self._task, description=escape(text), total=None, system="")
+        else:
+            ERR.print(escape(text))
+
+    def trial_began(self, system: str, rate: float, num_requests: int) -> None:
+        text = f"{rate:.3g} requests/s"
+        self._progress.reset(self._task, total=num_requests, description=text, system=escape(system))
+
+    def progressed(self, system: str, progress: LoadProgress) -> None:
+        waiting = progress.num_sent - progress.num_done
+        failed = f", {progress.num_failed} failed" if progress.num_failed else ""
+        text = f"{progress.num_done} done, {progress.num_met} inside, {waiting} in flight{failed}"
+        self._progress.update(self._task, completed=progress.num_done, description=text)
+
+    def trial_ended(self, trial: Trial) -> None:
+        inside = f"{sum(trial.met)} of {len(trial.met)} inside ({trial.attainment:.0%})"
+        ERR.print(f"{escape(trial.system):<12} {trial.rate:>7.3g} requests/s  {inside}")
+
+
+def _print(figures: Figures) -> None:
+    table = Table(title=figures.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in figures.head:
+        table.add_column(name)
+    for row in figures.rows:
+        table.add_row(*map(escape, row))
+    OUT.print(table)
+    OUT.print()
+
+
+def _systems(addresses: list[str] | None, model: str | None, base: Scenario) -> list[dict[str, Any]] | None:
+    if addresses:
+        return [_system(address, model) for address in addresses]
+    if model is None:
+        return None
+    return [system.model_dump(exclude_unset=True) | {"model": model} for system in base.systems]
+
+
+def _system(address: str, model: str | None) -> dict[str, Any]:
+    protocol = "openai" if address.startswith(("http://", "https://")) else "grpc"
+    return {"name": address, "address": address, "protocol": protocol, "model": model}
+
+
+def _classes(base: Scenario, slo: str | None) -> list[dict[str, Any]] | None:
+    if slo is None:
+        return None
+    from pdserve.bench.slo import preset
+
+    preset(slo)
+    kept = [one.model_dump(exclude_unset=True, exclude={"slo"}) for one in base.classes]
+    return [one | {"slo_preset": slo} for one in kept]
+
+
+def _rates(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--rates {text}: wanted numbers, such as 1,2,4") from None
+
+
+def _given(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return base | {name: value for name, value in changes.items() if value is not None}
