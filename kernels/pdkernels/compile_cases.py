@@ -18,6 +18,7 @@ from torch import Tensor
 from pdkernels.activation import silu_mul
 from pdkernels.blocks import gather_blocks, scatter_blocks
 from pdkernels.decode_attention import DecodeWork, decode_attention
+from pdkernels.grouped_matmul import ExpertTiles, grouped_matmul, launch_config
 from pdkernels.norm import add_rms_norm, rms_norm
 from pdkernels.prefill_attention import PrefillWork, prefill_attention
 from pdkernels.rope import QKNorm, rope_and_write
@@ -69,6 +70,10 @@ GEOMETRIES: Final = (
 
 def cases() -> Iterator[Case]:
     yield from _elementwise()
+    for dtype in (BF16, FP32):
+        for tokens in (64, 256, 4096) if dtype is BF16 else (64,):
+            name = f"8 experts of 14336x4096, {tokens} tokens, {_short(dtype)}"
+            yield Case(name, partial(_experts, tokens, dtype), tokens == 64)
     for index, heads in enumerate(GEOMETRIES):
         quick = index in (0, 2, 6)
         yield Case(f"decode, {heads}", partial(_decode, heads), quick)
@@ -92,6 +97,16 @@ def _elementwise() -> Iterator[Case]:
     yield Case("scatter, half of the heads", _scatter)
     yield Case("V 128256", partial(sample, _meta(33, 128256, dtype=FP32), _draw_params(33)))
     yield Case("V 128256", _adjust)
+
+
+def _experts(tokens: int, dtype: torch.dtype) -> None:
+    block_m = launch_config(2 * tokens, 8, dtype).block_m
+    tiles = _index(2 * tokens // block_m + min(8, 2 * tokens))
+    grouped_matmul(
+        _meta(tokens, 4096, dtype=dtype),
+        _meta(8, 28672, 4096, dtype=dtype),
+        ExpertTiles(order_N=_index(2 * tokens), expert_L=tiles, first_L=tiles, end_L=tiles, block_m=block_m),
+    )
 
 
 def _draw_params(rows: int) -> DrawParams:

@@ -31,6 +31,7 @@ from pdkernels import (
     blocks,
     compile_cases,
     decode_attention,
+    grouped_matmul,
     norm,
     prefill_attention,
     rope,
@@ -39,7 +40,16 @@ from pdkernels import (
 )
 from pdkernels._triton import Grid, Kernel, triton
 
-MODULES: Final = (norm, activation, rope, decode_attention, prefill_attention, blocks, sampling)
+MODULES: Final = (
+    norm,
+    activation,
+    grouped_matmul,
+    rope,
+    decode_attention,
+    prefill_attention,
+    blocks,
+    sampling,
+)
 LAUNCH_OPTIONS: Final = ("num_warps", "num_stages")
 POINTERS: Final = {
     torch.float32: "*fp32",
@@ -234,6 +244,7 @@ tests/kernels`. The launch configurations in `pdkernels/tuning.py` are starting 
 |---|---|---|
 | rms_norm, add_rms_norm | `norm` | RMSNorm of rows or heads; fused with the residual addition |
 | silu_mul | `activation` | SwiGLU's elementwise half |
+| grouped_matmul | `grouped_matmul` | products of a mixture of experts, every row with its own weight |
 | rope_and_write | `rope` | norm per head (optional), rotation, and the write into KV blocks, one pass |
 | prefill_attention | `prefill_attention` | causal, ragged, chunked, over KV blocks; window, soft cap |
 | decode_attention | `decode_attention` | one token per sequence, KV split by plan, joined by log-sum-exp |

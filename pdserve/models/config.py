@@ -26,6 +26,20 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig:
+    """Layers whose MLP is a mixture: a router sends every token to a few of many small MLPs."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    """Of one expert."""
+    normalised: bool
+    """Whether the weights of a token's chosen experts are scaled to sum to one."""
+    layers: tuple[int, ...]
+    """Which layers are mixtures; the others have a plain MLP."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder of the Llama family: RMSNorm, RoPE, grouped-query attention, gated SiLU MLP."""
 
@@ -50,6 +64,7 @@ class ModelConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     """Tokens a layer can look back, all layers alike (Mistral v0.1); None is full attention."""
+    moe: MoeConfig | None = None
     dtype: str = "bfloat16"
     """The checkpoint's own: bfloat16, float16 or float32."""
     quantization: Scheme | None = None

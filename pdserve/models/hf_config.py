@@ -10,15 +10,25 @@ from typing import Final
 
 from pdserve.core.errors import CheckpointError, UnsupportedArchitecture
 from pdserve.models.checkpoint import stored_dtype
-from pdserve.models.config import ModelConfig, RopeConfig, RopeKind
+from pdserve.models.config import ModelConfig, MoeConfig, RopeConfig, RopeKind
 from pdserve.models.quantization.read import read_scheme
 from pdserve.text.json_file import JsonObject, read_object, read_object_if_there
 
-SUPPORTED: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED: Final = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 DTYPES: Final = ("bfloat16", "float16", "float32")
 
 _MISTRAL_WINDOW: Final = 4096  # MistralConfig's default where the key is absent; `null` means none
 _QWEN3_HEAD_DIM: Final = 128  # Qwen3Config's default
+_MIXTRAL_THETA: Final = 1e6  # MixtralConfig's default
+_ALL_LAYERS_SLIDE: Final = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
+_QK_NORM: Final = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -42,15 +52,16 @@ def read_config(folder: Path) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=_num_kv_heads(config, architecture, num_heads),
         head_dim=_head_dim(config, architecture, hidden_size, num_heads),
-        rms_norm_eps=_eps(config),
-        rope=_rope(config, max_position),
+        rms_norm_eps=_eps(config, 1e-5 if architecture == "MixtralForCausalLM" else 1e-6),
+        rope=_rope(config, max_position, _MIXTRAL_THETA if architecture == "MixtralForCausalLM" else 10000.0),
         max_position=max_position,
         tie_word_embeddings=bool(config.get_bool("tie_word_embeddings")),
         qkv_bias=architecture == "Qwen2ForCausalLM" or (_has_attention_bias(architecture) and attention_bias),
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in _QK_NORM,
         o_bias=_has_attention_bias(architecture) and attention_bias,
         mlp_bias=architecture == "LlamaForCausalLM" and bool(config.get_bool("mlp_bias")),
         sliding_window=_sliding_window(config, architecture, num_layers, max_position),
+        moe=_moe(config, architecture, num_layers),
         dtype=_dtype(config, folder),
         quantization=read_scheme(config, folder),
         bos_token_id=bos,
@@ -89,10 +100,10 @@ def _head_dim(config: JsonObject, architecture: str, hidden_size: int, num_heads
     return head_dim
 
 
-def _eps(config: JsonObject) -> float:
+def _eps(config: JsonObject, default: float) -> float:
     eps = config.get_float("rms_norm_eps")
     if eps is None:
-        return 1e-6
+        return default
     if not 0.0 <= eps < 1.0:
         raise config.wrong("rms_norm_eps", "a number in [0, 1)")
     return eps
@@ -100,17 +111,17 @@ def _eps(config: JsonObject) -> float:
 
 def _has_attention_bias(architecture: str) -> bool:
     """Whether `attention_bias` means anything (q, k, v and o alike) in this class."""
-    return architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    return architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
-def _rope(config: JsonObject, max_position: int) -> RopeConfig:
+def _rope(config: JsonObject, max_position: int, default_theta: float) -> RopeConfig:
     # transformers 5 keeps theta and scaling together in rope_parameters
     scaling = config.get_object("rope_parameters") or config.get_object("rope_scaling")
     theta = scaling.get_float("rope_theta") if scaling is not None else None
     if theta is None:
         theta = config.get_float("rope_theta")
     if theta is None:
-        theta = 10000.0
+        theta = default_theta
     if not theta > 0.0:
         raise config.wrong("rope_theta", "a positive number")
     for source in (config, scaling):
@@ -155,7 +166,7 @@ def _sliding_window(config: JsonObject, architecture: str, num_layers: int, max_
     kinds = config.get_list("layer_types")
     if kinds is not None:
         sliding = [kind == "sliding_attention" for kind in kinds]
-    elif architecture == "MistralForCausalLM":
+    elif architecture in _ALL_LAYERS_SLIDE:
         sliding = [True]
     else:
         first = config.get_int("max_window_layers")  # Qwen: the layers from this one on slide
@@ -173,11 +184,40 @@ def _sliding_window(config: JsonObject, architecture: str, num_layers: int, max_
 def _stated_window(config: JsonObject, architecture: str) -> int | None:
     if architecture == "LlamaForCausalLM":
         return None
-    if architecture != "MistralForCausalLM" and not config.get_bool("use_sliding_window"):
+    if architecture.startswith("Qwen") and not config.get_bool("use_sliding_window"):
         return None
     if "sliding_window" not in config.data:
-        return _MISTRAL_WINDOW
+        return None if architecture == "MixtralForCausalLM" else _MISTRAL_WINDOW
     return config.positive_int("sliding_window") if "sliding_window" in config else None
+
+
+def _moe(config: JsonObject, architecture: str, num_layers: int) -> MoeConfig | None:
+    if architecture not in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"):
+        return None
+    num_experts = config.positive_int("num_local_experts" if "num_local_experts" in config else "num_experts")
+    chosen = config.positive_int("num_experts_per_tok")
+    if chosen > num_experts:
+        raise config.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
+    if architecture == "MixtralForCausalLM":
+        width, normalised, layers = "intermediate_size", True, tuple(range(num_layers))
+    else:
+        width, normalised = "moe_intermediate_size", bool(config.get_bool("norm_topk_prob"))
+        layers = _sparse_layers(config, num_layers)
+    return MoeConfig(
+        num_experts=num_experts,
+        experts_per_token=chosen,
+        intermediate_size=config.positive_int(width),
+        normalised=normalised,
+        layers=layers,
+    )
+
+
+def _sparse_layers(config: JsonObject, num_layers: int) -> tuple[int, ...]:
+    step = config.positive_int("decoder_sparse_step") if "decoder_sparse_step" in config else 1
+    dense = config.get_list("mlp_only_layers") or []
+    if not all(isinstance(layer, int) for layer in dense):
+        raise config.wrong("mlp_only_layers", "a list of layer numbers")
+    return tuple(i for i in range(num_layers) if (i + 1) % step == 0 and i not in dense)
 
 
 def _dtype(config: JsonObject, folder: Path) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from pdserve.models.config import ModelConfig
+from pdserve.models.mlp import Mlp
 from pdserve.models.ops import Linear, ModelOps, QKNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """Weights of one layer. q, k and v are one projection, and so are gate and up."""
+    """Weights of one layer. q, k and v are one projection."""
 
     index: int
     input_norm_E: Tensor
@@ -24,8 +25,7 @@ class DecoderLayer:
     qk_norm: QKNorm | None
     out: Linear
     post_norm_E: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp
 
     def forward(
         self,
@@ -57,4 +57,4 @@ class DecoderLayer:
         if keep_R is not None:
             attended = attended[keep_R]
         hidden = ops.add_rms_norm(self.out(attended), residual_TE, self.post_norm_E, eps)
-        return self.down(ops.silu_mul(self.gate_up(hidden))), residual_TE
+        return self.mlp(hidden, ops), residual_TE

@@ -1,7 +1,7 @@
 """The few operations a decoder is made of, as the models call them. One implementation per kind of device.
 
-Shape legend: T tokens of the step over all slices, E hidden, H query heads, K kv heads, S = H + 2K, D
-head_dim, F ff, V vocabulary, N blocks, L layers, B tokens of a block.
+Shape legend: T tokens of the step over all slices, E hidden, H query heads, K kv heads (or a token's
+experts), S = H + 2K, D head_dim, F ff, V vocabulary, N blocks, L layers, B tokens of a block.
 
 Life of an implementation: it is made with (ModelConfig, device, max_positions); the loader hands it every
 weight through `linear` and `vector` and says `weights_loaded`; then the pool is allocated (with what memory
@@ -10,7 +10,7 @@ is left) and `bind_pool` is called once; from then on steps run: `plan` once per
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -59,6 +59,17 @@ class Linear(Protocol):
         ...
 
 
+class Experts(Protocol):
+    """The gated MLPs of one mixture-of-experts layer."""
+
+    def __call__(self, x_TE: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        """Sum over a token's K experts of weight * down(silu(gate x) * up x); [T, E], like x.
+
+        weight_TK: float32. expert_TK: int64, a token's are different ones. T may be 0.
+        """
+        ...
+
+
 class ModelOps(Protocol):
     """Device operations. Steps are called under `torch.inference_mode`.
 
@@ -72,6 +83,10 @@ class ModelOps(Protocol):
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         """Prepare a projection. The weight is in the model's dtype, on the CPU or on the device, and may be a
         read-only view of a mapped file; it may be kept or repacked, never written to."""
+        ...
+
+    def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> Experts:
+        """Prepare a mixture from every expert's (gate over up [2F, E], down [E, F]), as `linear` does."""
         ...
 
     def vector(self, weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from pdserve.models.cpu_attention import (
     prefill_group,
     write_rows,
 )
+from pdserve.models.cpu_experts import CpuExperts
 from pdserve.models.cpu_linear import Linear, choose_products, make_linear
 from pdserve.models.ops import QKNorm, SliceMeta, Workload
 from pdserve.models.rope import rope_table
@@ -44,6 +45,11 @@ class CpuOps:
         made = make_linear(weight_OI, bias_O, self._workload)
         self._unmeasured.append(made)
         return made
+
+    def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> CpuExperts:
+        pairs = [(self.linear(gate_up, None), self.linear(down, None)) for gate_up, down in weights]
+        gate_up, down = zip(*pairs, strict=True)
+        return CpuExperts(gate_up, down, self.silu_mul)
 
     def weights_loaded(self) -> None:
         choose_products(self._unmeasured)

@@ -9,7 +9,7 @@ P positions; in the plan: Q sequences of one attention kind, M blocks of the lon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pdkernels._triton import interpreted
 from pdkernels.activation import silu_mul
 from pdkernels.decode_attention import DecodeWork, decode_attention, decode_tile
+from pdkernels.grouped_matmul import grouped_matmul, plan_experts
 from pdkernels.norm import add_rms_norm, rms_norm
 from pdkernels.plan import plan_decode, plan_prefill
 from pdkernels.prefill_attention import PrefillWork, prefill_attention, prefill_tile_tokens
@@ -58,6 +59,22 @@ class _Linear:
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
 
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """See `Experts`. X experts of width F, K of them for a token."""
+
+    gate_up_X2FE: Tensor
+    down_XEF: Tensor
+
+    def __call__(self, x_TE: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+        tokens, chosen = expert_TK.shape
+        tiles = plan_experts(expert_TK.flatten(), self.down_XEF.shape[0], x_TE.dtype)
+        hidden_NF = silu_mul(grouped_matmul(x_TE, self.gate_up_X2FE, tiles))
+        y_NE = grouped_matmul(hidden_NF, self.down_XEF, tiles)
+        weight_T1K = weight_TK.to(x_TE.dtype).unsqueeze(1)
+        return torch.bmm(weight_T1K, y_NE.view(tokens, chosen, -1)).squeeze(1)
+
+
 class TritonOps:
     """See `ModelOps`."""
 
@@ -81,6 +98,12 @@ class TritonOps:
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> _Linear:
         return _Linear(self.vector(weight_OI), None if bias_O is None else self.vector(bias_O))
+
+    def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> _Experts:
+        # Each goes to the device as it is read: the host holds one at a time.
+        pairs = [(self.vector(gate_up), self.vector(down)) for gate_up, down in weights]
+        gate_up, down = zip(*pairs, strict=True)
+        return _Experts(torch.stack(gate_up), torch.stack(down))
 
     def vector(self, weight: Tensor) -> Tensor:
         return weight.to(device=self._device, dtype=self._dtype).contiguous()

@@ -1,6 +1,6 @@
 """From a checkpoint's tensors to a `LlamaModel`: names, shapes, fused projections, tied heads, dummies.
 
-Tensor names are those of Hugging Face's Llama, Mistral, Qwen2 and Qwen3.
+Tensor names are those of Hugging Face's Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from pdserve.core.errors import CheckpointError
-from pdserve.models.config import ModelConfig
+from pdserve.models.config import ModelConfig, MoeConfig
 from pdserve.models.layers import DecoderLayer
 from pdserve.models.llama import LlamaModel
+from pdserve.models.mlp import DenseMlp, Mlp, MoeMlp
+from pdserve.models.moe_weights import expert_weights, router_name
 from pdserve.models.ops import Linear, ModelOps, QKNorm
 
 DUMMY_NUMBERS: Final = 2**20
@@ -27,6 +29,11 @@ Progress = Callable[[float, str], None]
 
 class WeightSource(Protocol):
     """A checkpoint, or something that makes one up."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Tensors whose name tells one spelling of a checkpoint from another."""
+        ...
 
     def require(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor; raises `MissingTensor` or `ShapeMismatch`."""
@@ -43,6 +50,10 @@ class DummySource:
         self._dtype = dtype
         self._generator = torch.Generator().manual_seed(seed)
         self._pattern = torch.randn(DUMMY_NUMBERS, generator=self._generator).mul_(0.02).to(dtype)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset()
 
     def require(self, name: str, shape: Sequence[int]) -> Tensor:
         if len(shape) == 1:
@@ -92,12 +103,15 @@ class _Loader:
         self._config, self._source, self._ops, self._dtype = config, source, ops, dtype
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        return self._stored(name, shape).to(self._dtype)
+
+    def _stored(self, name: str, shape: Sequence[int]) -> Tensor:
         found = self._source.require(name, shape)
         if found.dtype not in PLAIN_DTYPES:
             raise CheckpointError(
                 f"tensor {name!r} is stored as {found.dtype}, config.json does not say how it is quantised"
             )
-        return found.to(self._dtype)
+        return found
 
     def norm(self, name: str, size: int) -> Tensor:
         return self._ops.vector(self.tensor(name, (size,)))
@@ -118,17 +132,28 @@ class _Loader:
             qk_norm=self._qk_norm(attention) if c.qk_norm else None,
             out=self._fused([(attention + "o_proj", c.hidden_size)], queries, biased=c.o_bias),
             post_norm_E=self.norm(prefix + "post_attention_layernorm.weight", c.hidden_size),
-            gate_up=self._fused(
-                [
-                    (prefix + "mlp.gate_proj", c.intermediate_size),
-                    (prefix + "mlp.up_proj", c.intermediate_size),
-                ],
-                c.hidden_size,
-                biased=c.mlp_bias,
-            ),
-            down=self._fused(
-                [(prefix + "mlp.down_proj", c.hidden_size)], c.intermediate_size, biased=c.mlp_bias
-            ),
+            mlp=self._mlp(prefix, index),
+        )
+
+    def _mlp(self, prefix: str, index: int) -> Mlp:
+        c = self._config
+        if c.moe is not None and index in c.moe.layers:
+            return self._mixture(prefix, c.moe)
+        gate_up = [(f"{prefix}mlp.{part}_proj", c.intermediate_size) for part in ("gate", "up")]
+        down = [(prefix + "mlp.down_proj", c.hidden_size)]
+        return DenseMlp(
+            self._fused(gate_up, c.hidden_size, biased=c.mlp_bias),
+            self._fused(down, c.intermediate_size, biased=c.mlp_bias),
+        )
+
+    def _mixture(self, prefix: str, moe: MoeConfig) -> MoeMlp:
+        names, hidden = self._source.names, self._config.hidden_size
+        router = self.tensor(router_name(names, prefix), (moe.num_experts, hidden))
+        return MoeMlp(
+            router=self._ops.linear(router, None),
+            experts=self._ops.experts(expert_weights(self._stored, names, prefix, moe, hidden, self._dtype)),
+            experts_per_token=moe.experts_per_token,
+            normalised=moe.normalised,
         )
 
     def _qk_norm(self, attention: str) -> QKNorm:

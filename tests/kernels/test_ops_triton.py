@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import BlockId
-from pdserve.models.config import ModelConfig, RopeConfig
+from pdserve.models.config import ModelConfig, MoeConfig, RopeConfig
 from pdserve.models.llama import LlamaModel
 from pdserve.models.ops import ModelOps, SliceMeta
 from pdserve.models.ops_cpu import CpuOps
@@ -40,6 +40,10 @@ FAMILIES = {
     "qwen2, biased": replace(PLAIN, qkv_bias=True, tie_word_embeddings=True),
     "qwen3, normed": replace(PLAIN, qk_norm=True, num_heads=4, num_kv_heads=4),
 }
+FAMILIES["mixture of experts"] = replace(
+    PLAIN,
+    moe=MoeConfig(num_experts=5, experts_per_token=2, intermediate_size=24, normalised=True, layers=(1,)),
+)
 BLOCK_TOKENS = 8
 TABLES = [[BlockId(b) for b in blocks] for blocks in ([7, 2, 9, 4, 0, 5], [1, 8, 3], [6, 10])]
 # (sequence, start, length) of each step: chunked prefills, then decode mixed with a late prefill.

@@ -10,7 +10,7 @@ import torch
 
 from pdserve.core.errors import CheckpointError, UnsupportedArchitecture
 from pdserve.models.checkpoint import save_checkpoint
-from pdserve.models.config import RopeConfig, RopeKind
+from pdserve.models.config import MoeConfig, RopeConfig, RopeKind
 from pdserve.models.hf_config import read_config
 from pdserve.models.quantization.awq import Awq
 from pdserve.models.quantization.fp8 import Fp8
@@ -160,6 +160,17 @@ def test_an_unstated_dtype_is_that_of_the_stored_weights(tmp_path: Path) -> None
     assert read_config(tmp_path).dtype == "float16"
 
 
+_MIXTRAL: dict[str, object] = {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+_QWEN3_MOE: dict[str, object] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 _GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 _AWQ: dict[str, object] = {"quant_method": "awq", "bits": 4, "group_size": 128}
 _TENSORS: dict[str, object] = {"quant_method": "compressed-tensors", "format": "float-quantized"}
@@ -219,6 +230,12 @@ WRONG_QUANTISATIONS: list[tuple[object, list[str]]] = [
         ({"rope_theta": float("inf")}, ["rope_theta", "finite"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         *((({"quantization_config": wrong}), words) for wrong, words in WRONG_QUANTISATIONS),
+        ({**_MIXTRAL, "num_local_experts": 0}, ["num_local_experts"]),
+        ({**_MIXTRAL, "num_local_experts": None}, ["experts"]),
+        ({**_MIXTRAL, "num_experts_per_tok": 9}, ["num_experts_per_tok", "8"]),
+        ({**_QWEN3_MOE, "moe_intermediate_size": None}, ["moe_intermediate_size"]),
+        ({**_QWEN3_MOE, "decoder_sparse_step": 0}, ["decoder_sparse_step"]),
+        ({**_QWEN3_MOE, "mlp_only_layers": ["1"]}, ["mlp_only_layers"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"hidden_size": "64"}, ["hidden_size", "integer"]),
         ({"hidden_size": True}, ["hidden_size"]),
@@ -302,6 +319,26 @@ def test_what_the_config_says_of_quantised_weights(
     assert read_config(folder_with(tmp_path, {"quantization_config": values})).quantization == wanted
 
 
+def test_what_a_mixture_leaves_out_takes_the_default_of_its_class(tmp_path: Path) -> None:
+    left_out = {"rms_norm_eps": None, "rope_theta": None}
+    mixtral = read_config(folder_with(tmp_path, {**_MIXTRAL, **left_out}))
+    assert (mixtral.rope.theta, mixtral.rms_norm_eps, mixtral.sliding_window) == (1e6, 1e-5, None)
+    layers = tuple(range(mixtral.num_layers))
+    width = mixtral.intermediate_size
+    assert mixtral.moe == MoeConfig(
+        num_experts=8, experts_per_token=2, intermediate_size=width, normalised=True, layers=layers
+    )
+    qwen = read_config(folder_with(tmp_path, {**_QWEN3_MOE, **left_out, "mlp_only_layers": [1]}))
+    assert (qwen.rope.theta, qwen.rms_norm_eps, qwen.qk_norm) == (1e4, 1e-6, True)
+    assert qwen.moe == MoeConfig(
+        num_experts=8,
+        experts_per_token=2,
+        intermediate_size=24,
+        normalised=False,
+        layers=tuple(layer for layer in layers if layer != 1),
+    )
+
+
 SERVED = {
     "Qwen--Qwen3-0.6B": (28, 16, 8, 128),
     "Qwen--Qwen3-8B": (36, 32, 8, 128),
@@ -311,6 +348,10 @@ SERVED = {
     "meta-llama--Meta-Llama-3.1-405B": (126, 128, 8, 128),
     "meta-llama--Meta-Llama-3.1-70B": (80, 64, 8, 128),
     "meta-llama--Meta-Llama-3.1-8B": (32, 32, 8, 128),
+    "mistralai--Mixtral-8x7B-v0.1": (32, 32, 8, 128),
+    "Qwen--Qwen3-235B-A22B": (94, 64, 4, 128),
+    "Qwen--Qwen3-30B-A3B": (48, 32, 4, 128),
+    "Qwen--Qwen3-30B-A3B-FP8": (48, 32, 4, 128),
     # FP8 weights, but what says so is a file beside config.json that is not among the data
     "nvidia--Llama-3.1-70B-Instruct-FP8": (80, 64, 8, 128),
 }

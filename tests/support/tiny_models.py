@@ -11,10 +11,12 @@ import torch
 from transformers import (
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -41,6 +43,13 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_QWEN3_EXPERTS: dict[str, Any] = {
+    "num_experts": 10,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "head_dim": 16,
+}
+
 
 def _qwen_window() -> PretrainedConfig:
     return Qwen2Config(**_COMMON, use_sliding_window=True, sliding_window=20, max_window_layers=0)
@@ -59,6 +68,17 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral_no_window": lambda: MistralConfig(**_COMMON, sliding_window=None),
     "qwen2_qkv_bias": lambda: Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen2_sliding_window": _qwen_window,
+    "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=6, num_experts_per_tok=2),
+    "mixtral_sliding_window": lambda: MixtralConfig(**_COMMON, num_local_experts=4, sliding_window=20),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, **_QWEN3_EXPERTS, norm_topk_prob=True),
+    "qwen3_moe_some_layers_dense": lambda: Qwen3MoeConfig(
+        **{**_COMMON, "num_hidden_layers": 5},
+        **_QWEN3_EXPERTS,
+        norm_topk_prob=False,
+        mlp_only_layers=[3],
+        decoder_sparse_step=2,
+        attention_bias=True,
+    ),
     "qwen3_qk_norm": lambda: Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=False),
 }
 

@@ -25,8 +25,9 @@ class DequantisedView:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of the stored tensors."""
-        return self._stored.names
+        """What can be asked for, and the tensors as they are stored."""
+        packed = (name.removesuffix(".qweight") for name in self._stored.names if name.endswith(".qweight"))
+        return self._stored.names | {module + WEIGHT for module in packed}
 
     def require(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor, after checking its shape. Raises `CheckpointError`s."""
