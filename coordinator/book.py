@@ -10,6 +10,7 @@ from coordinator.pushes import PushLedger
 from coordinator.router import Router
 from coordinator.waiting import WaitingQueue
 from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.messages import Orphaned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class RegistrySettings:
     transfer_deadline_s: float
     no_workers_wait_s: float = 30.0
     """How long a request waits for a decode worker to appear (again) while there is none."""
+    drain_timeout_s: float = 120.0
+    """How long requests of a drained decode worker wait for room elsewhere before they start over."""
     settle_wait_s: float = 0.05
     """How long the end of an answer waits for the figures of its transfer, where they come after it."""
 
@@ -38,6 +41,8 @@ class Book:
     """Answers whose end waits for the figures of their transfer, and until when."""
     leased: dict[RequestId, float] = field(default_factory=dict)
     """Requests whose decode worker awaits KV, and when their lease was renewed last."""
+    orphans: dict[WorkerId, list[tuple[WorkerId, Orphaned]]] = field(default_factory=dict)
+    """By who may still write: decode workers with blocks in quarantine, until the writer can be asked."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
     ended_per_s: float = 1.0
     last_end: float | None = None

@@ -17,13 +17,13 @@ def finish(
     book: Book, flight: Flight, reason: FinishReason, now: float, *, reporter: WorkerId | None
 ) -> list[Action]:
     """The answer is complete. `reporter` ended its own part already and needs no `Cancel`."""
-    withdrawn = withdraw(book, flight, "finished", reporter)
+    withdrawn = withdraw(book, flight, "finished", now, reporter=reporter)
     return withdrawn + end(book, flight, Phase.FINISHED, reason, now)
 
 
 def stop(book: Book, flight: Flight, now: float) -> list[Action]:
     """A stop string was found in the text that was streamed so far."""
-    withdrawn = withdraw(book, flight, "stop string", None)
+    withdrawn = withdraw(book, flight, "stop string", now)
     # Found while waiting for another attempt, there is nothing left to do for that one.
     phase = Phase.CANCELLED if flight.record.phase in (Phase.QUEUED, Phase.ADMITTED) else Phase.FINISHED
     return withdrawn + end(book, flight, phase, FinishReason.STOP, now)
@@ -31,12 +31,12 @@ def stop(book: Book, flight: Flight, now: float) -> list[Action]:
 
 def cancel(book: Book, flight: Flight, reason: str, now: float) -> list[Action]:
     error = RequestCancelled(f"request {flight.id}: {reason}")
-    return withdraw(book, flight, reason, None) + end(book, flight, Phase.CANCELLED, error, now)
+    return withdraw(book, flight, reason, now) + end(book, flight, Phase.CANCELLED, error, now)
 
 
 def fail(book: Book, flight: Flight, error: PdServeError, now: float) -> list[Action]:
     """End for good."""
-    return withdraw(book, flight, str(error), None) + end(book, flight, Phase.FAILED, error, now)
+    return withdraw(book, flight, str(error), now) + end(book, flight, Phase.FAILED, error, now)
 
 
 def attempt_failed(
@@ -56,18 +56,34 @@ def attempt_failed(
     if flight.ending is not None:
         return finish(book, flight, flight.ending, now, reporter=reporter)
     attempt = flight.attempt
-    actions = withdraw(book, flight, str(error), reporter)
+    actions = withdraw(book, flight, str(error), now, reporter=reporter)
     if attempt is not None and error.code is ErrorCode.UNAVAILABLE:
         actions += _introduce_again(book, attempt)
     if not retryable or flight.attempts >= book.settings.max_attempts:
         return actions + end(book, flight, Phase.FAILED, error, now)
     flight.failed_on.update(worker for worker in blame if worker is not None)
+    flight.retries += 1
+    _requeue(book, flight, now)
+    return actions
+
+
+def start_over(book: Book, flight: Flight, why: str, now: float) -> list[Action]:
+    """Nothing failed: the request shall go on elsewhere, where its tokens so far are read again."""
+    actions = withdraw(book, flight, why, now)
+    _requeue(book, flight, now)
+    return actions
+
+
+def _requeue(book: Book, flight: Flight, now: float) -> None:
     release_followers(book, flight)
+    attempt = flight.attempt
+    if attempt is not None and (attempt.prefill_done is not None):
+        reader = attempt.prefill or attempt.read_by
+        flight.prefix_at = None if reader in flight.failed_on else reader
     flight.attempt = None
     flight.record.attempt += 1
     flight.record.move_to(Phase.QUEUED, now=now)
     book.enqueue(flight)
-    return actions
 
 
 def _introduce_again(book: Book, attempt: Attempt) -> list[Action]:
@@ -91,22 +107,48 @@ def introductions(one: WorkerInfo, other: WorkerInfo) -> list[Action]:
     ]
 
 
-def withdraw(book: Book, flight: Flight, why: str, reporter: WorkerId | None) -> list[Action]:
-    """Take the current attempt back from its workers, where anything of it may be left."""
+def withdraw(
+    book: Book, flight: Flight, why: str, now: float, *, reporter: WorkerId | None = None
+) -> list[Action]:
+    """Take the current attempt, and its move, back from its workers, where anything of it may be left."""
     attempt = flight.attempt
     if attempt is None:
         return []
+    actions = abandon_move(book, flight, why, now, reporter=None)
     book.release(attempt)
     book.leased.pop(flight.id, None)
     if flight.ending is not None:
-        return []  # both workers did all of their work
-    actions: list[Action] = []
+        return actions  # both workers did all of their work
     message = Cancel(attempt=attempt.id, reason=why)
     decode = book.fleet.up(attempt.decode)
     if decode is not None and attempt.decode != reporter:
         actions.append(Send(worker=attempt.decode, message=message))
     if attempt.prefill is not None:
         actions += _withdraw_pushes(book, attempt, message, reporter, decode_is_up=decode is not None)
+    return actions
+
+
+def abandon_move(
+    book: Book, flight: Flight, why: str, now: float, *, reporter: WorkerId | None
+) -> list[Action]:
+    """A move to another decode worker comes to nothing: the request goes on where it is."""
+    moving, flight.moving = flight.moving, None
+    if moving is None:
+        return []
+    flight.record.move_to(Phase.DECODING, now=now)
+    book.release(moving)
+    book.leased.pop(flight.id, None)
+    source, target = book.fleet.up(moving.prefill), book.fleet.up(moving.decode)
+    message = Cancel(attempt=moving.id, reason=why)
+    actions: list[Action] = []
+    if target is not None and moving.decode != reporter:
+        actions.append(Send(worker=target.id, message=message))
+    paused = moving.prefill_sent and not book.pushes.is_open(moving.id)
+    actions += _withdraw_pushes(book, moving, message, reporter, decode_is_up=target is not None)
+    if source is not None:
+        source.met.discard((moving.decode, 0 if target is None else target.info.epoch))
+        if paused:
+            actions.append(Send(worker=source.id, message=message))
     return actions
 
 

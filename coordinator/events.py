@@ -77,6 +77,15 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrainWorker:
+    """An operator wants it empty: nothing new goes there, and what a decode worker runs moves elsewhere."""
+
+    worker: WorkerId
+    timeout_s: float | None
+    """After this long, what could not move starts over elsewhere. None: as configured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientCancelled:
     request: RequestId
     reason: str
@@ -108,6 +117,7 @@ Event = (
     | WorkerJoined
     | WorkerDown
     | WorkerGone
+    | DrainWorker
     | ClientCancelled
     | StopMatched
     | Broken

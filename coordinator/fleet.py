@@ -17,6 +17,14 @@ class WorkerState:
     model: str
     heartbeat: Heartbeat | None = None
     draining: bool = False
+    drain_asked: bool = False
+    """By an operator; a worker that goes by itself says so in its heartbeats."""
+    drain_until: float | None = None
+    """When its requests start over elsewhere, on the registry's clock."""
+    met: set[tuple[WorkerId, int]] = field(default_factory=set)
+    """Decode workers, with their epochs, that this one was introduced to for a move."""
+    redialling: bool = False
+    """Its connection ended, and is being made again."""
     up: bool = True
     """False: silent or disconnected, though its process may live."""
     full: bool = False
@@ -104,7 +112,7 @@ class WorkerState:
 
     def heard(self, beat: Heartbeat) -> None:
         self.heartbeat = beat
-        self.draining = beat.draining
+        self.draining = beat.draining or self.drain_asked
         if beat.tokens_per_s > 0:
             self.tokens_per_s = beat.tokens_per_s
         if self.info.role is Role.DECODE:

@@ -27,6 +27,8 @@ class Attempt:
     prefill_done: PrefillDone | None = None
     kv_arrived: bool = False
     transfer: TransferDone | None = None
+    read_by: WorkerId | None = None
+    """Who read the prompt of a request that has moved since."""
 
     @property
     def decode(self) -> WorkerId:
@@ -50,6 +52,13 @@ class Flight:
     output: list[int] = field(default_factory=list)
     failed_on: set[WorkerId] = field(default_factory=set)
     idle_refusals: int = 0
+    retries: int = 0
+    moving: Attempt | None = None
+    """The attempt it will be once it has moved to another decode worker."""
+    move_after: float = 0.0
+    migrations: int = 0
+    prefix_at: WorkerId | None = None
+    """A prefill worker that read its prompt in an earlier attempt, and likely has it in its cache."""
     prompt_logprobs_sent: bool = False
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -62,7 +71,8 @@ class Flight:
 
     @property
     def attempts(self) -> int:
-        return self.record.attempt - self.request.first_epoch + 1
+        """How often its prompt was read, or began to be."""
+        return self.retries + 1
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +119,7 @@ class Flight:
             prompt_tokens=len(request.tokens),
             output_tokens=len(self.output),
             attempts=self.attempts,
+            migrations=self.migrations,
             e2e_s=now - self.record.created,
             queue_s=waited,
             ttft_s=None if self.first_token_at is None else self.first_token_at - self.record.created,
@@ -128,7 +139,7 @@ class Flight:
             bytes_moved=0 if transfer is None else transfer.bytes_moved,
             transfer_path="" if transfer is None else transfer.path,
             cached_tokens=attempt.cached_tokens,
-            prefill_worker=attempt.prefill or "",
+            prefill_worker=attempt.prefill or attempt.read_by or "",
             decode_worker=attempt.decode,
             placement=str(attempt.placement),
         )

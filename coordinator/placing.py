@@ -55,7 +55,12 @@ def place_waiting(book: Book, now: float) -> list[Action]:
         while (request := queue.peek()) is not None:
             flight = book.flights[request]
             placement = book.router.place(
-                book.fleet, model, flight.num_tokens, prefer=flight.prefer, avoid=flight.failed_on
+                book.fleet,
+                model,
+                flight.num_tokens,
+                prefer=flight.prefer,
+                prefix_at=flight.prefix_at,
+                avoid=flight.failed_on,
             )
             if placement is None:
                 break

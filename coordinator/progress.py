@@ -62,8 +62,12 @@ def renew_leases(book: Book, now: float) -> list[Action]:
     due = now - book.settings.lease_s / 3
     for request in [request for request, at in book.leased.items() if at <= due]:
         flight = book.flights[request]
-        if flight.attempt is not None and book.fleet.up(flight.attempt.prefill) is not None:
-            actions += renew_lease(book, flight, flight.attempt, now)
+        attempt = flight.moving or flight.attempt
+        # Once its last push has ended, it is for the decode worker to say that it arrived, or to give it up.
+        if attempt is None or not book.pushes.is_open(attempt.id):
+            continue
+        if book.fleet.up(attempt.prefill) is not None:
+            actions += renew_lease(book, flight, attempt, now)
     return actions
 
 
@@ -118,6 +122,7 @@ def tokens(book: Book, flight: Flight, attempt: Attempt, message: Tokens, now: f
         return actions
     if book.pushes.is_open(attempt.id) and book.fleet.up(attempt.prefill) is not None:
         # The prefill worker's last word is on its way; it has the figures of the transfer.
+        actions += endings.abandon_move(book, flight, "finished", now, reporter=None)
         flight.ending = message.finish_reason
         book.ending[flight.id] = now + book.settings.settle_wait_s
         book.release(attempt)
@@ -144,6 +149,7 @@ def settled(
 ) -> list[Action]:
     """The prefill worker's last word on an attempt, which may be that of a request long ended."""
     actions = book.pushes.settled(attempt, worker, book.epochs_up())
-    if flight is not None and flight.ending is not None and flight.record.attempt_id == attempt:
+    current = None if flight is None else flight.attempt
+    if flight is not None and flight.ending is not None and current is not None and current.id == attempt:
         actions += endings.finish(book, flight, flight.ending, now, reporter=None)
     return actions

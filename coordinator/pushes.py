@@ -42,6 +42,10 @@ class PushLedger:
         if attempt in self._open:
             self._open[attempt].owed = True
 
+    def of_writer(self, writer: WorkerId) -> list[AttemptId]:
+        """Attempts that await its last word."""
+        return [attempt for attempt, entry in self._open.items() if entry.prefill == writer]
+
     def settled(self, attempt: AttemptId, by: WorkerId, epochs: dict[WorkerId, int]) -> list[Action]:
         """The prefill worker says so. `epochs`: of the workers that can be talked to."""
         entry = self._open.get(attempt)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import heapq
 from typing import Final, assert_never
 
-from coordinator import endings, placing, progress
+from coordinator import endings, moving, orphans, placing, progress
 from coordinator.book import Book, RegistrySettings
 from coordinator.events import (
     Action,
     Broken,
     ClientCancelled,
+    DrainWorker,
     Event,
     FromWorker,
     NewRequest,
@@ -43,10 +44,13 @@ from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.lifecycle import Phase, RequestRecord
 from pdserve.core.messages import (
     AttemptFailed,
+    Cancel,
+    Drain,
     DropPeer,
     Heartbeat,
     Hello,
     KvArrived,
+    Orphaned,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
@@ -111,6 +115,7 @@ class Registry:
     def handle(self, event: Event, now: float) -> list[Action]:
         """What is to be done about `event`. `now` is monotonic, in seconds."""
         actions = self._handle(event, now)
+        actions += moving.move_away(self._book, now)
         # Any event may have made room, or a request wait.
         return actions + placing.place_waiting(self._book, now)
 
@@ -135,6 +140,8 @@ class Registry:
                 return self._worker_down(event.worker, event.epoch, event.why, now)
             case WorkerGone():
                 return self._worker_gone(event, now)
+            case DrainWorker():
+                return self._drain(event, now)
             case Tick():
                 return self._tick(now)
             case _:
@@ -180,10 +187,14 @@ class Registry:
             return []
         if isinstance(message, (Hello, WorkerInfo)):
             return []
+        if isinstance(message, Orphaned):
+            return orphans.reported(self._book, event.worker, message)
         flight = self._book.flights.get(message.attempt.request)
         actions: list[Action] = []
+        if flight is not None and flight.moving is not None and flight.moving.id == message.attempt:
+            actions = moving.heard(self._book, flight, flight.moving, event.worker, message, now)
         # Anything of an older attempt is late and means nothing, but for the end of its pushes.
-        if flight is not None and flight.attempt is not None and flight.attempt.id == message.attempt:
+        elif flight is not None and flight.attempt is not None and flight.attempt.id == message.attempt:
             actions = self._of_attempt(flight, flight.attempt, event.worker, message, now)
         if isinstance(message, (TransferDone, PushesSettled)):
             actions += progress.settled(self._book, message.attempt, event.worker, flight, now)
@@ -233,7 +244,11 @@ class Registry:
         info = event.info
         actions: list[Action] = []
         known = self.fleet.get(info.worker)
-        if known is not None:
+        same_process = known is not None and known.info.epoch == info.epoch
+        if known is not None and same_process:
+            # Its connection was made again; what it ran for the old one it has given up.
+            actions += self._worker_down(info.worker, info.epoch, "its connection was made again", now)
+        elif known is not None:
             # A worker is replaced only after the process before it has ended.
             gone = WorkerGone(worker=info.worker, epoch=known.info.epoch, why="replaced")
             actions += self._worker_gone(gone, now)
@@ -241,6 +256,9 @@ class Registry:
         state = WorkerState(
             info=info, model=event.model, latency=LatencyModel(alike[0].latency if alike else None)
         )
+        if known is not None and same_process:
+            state.drain_asked, state.drain_until = known.drain_asked, known.drain_until
+            state.draining = state.drain_asked
         self.fleet.add(state)
         if info.role is Role.DECODE:
             self._book.no_decode_since.pop(event.model, None)
@@ -248,11 +266,26 @@ class Registry:
             actions += endings.introductions(info, peer.info)
         for flight in self._book.flights.values():
             flight.failed_on.discard(info.worker)  # that was another process
-        return actions
+        if same_process:
+            # Whatever it said last of these may have been lost with the connection.
+            for attempt in self._book.pushes.of_writer(info.worker):
+                asked = Cancel(attempt=attempt, reason="its connection was made again")
+                actions.append(Send(worker=info.worker, message=asked))
+        return actions + orphans.writer_joined(self._book, state)
 
     def _peers_of(self, state: WorkerState) -> list[WorkerState]:
+        """Workers that push to it, or that it pushes to; decode workers meet when a request shall move."""
         other = Role.DECODE if state.info.role is Role.PREFILL else Role.PREFILL
         return self.fleet.of(state.model, other)
+
+    def _drain(self, event: DrainWorker, now: float) -> list[Action]:
+        state = self.fleet.up(event.worker)
+        if state is None:
+            return []
+        timeout_s = self._book.settings.drain_timeout_s if event.timeout_s is None else event.timeout_s
+        state.draining = state.drain_asked = True
+        state.drain_until = now + timeout_s
+        return [Send(worker=event.worker, message=Drain())]
 
     def _worker_down(self, worker: WorkerId, epoch: int, why: str, now: float) -> list[Action]:
         state = self.fleet.up(worker, epoch)
@@ -267,6 +300,8 @@ class Registry:
             attempt = flight.attempt
             if attempt is None:
                 continue
+            if flight.moving is not None and worker == flight.moving.decode:
+                actions += moving.fell_through(self._book, flight, str(error), now, reporter=None)
             reads = worker == attempt.prefill and not attempt.kv_arrived
             if reads or worker == attempt.decode:
                 actions += endings.attempt_failed(
@@ -282,7 +317,10 @@ class Registry:
         self.fleet.forget(event.worker)
         self._book.pushes.worker_gone(event.worker)
         drop = DropPeer(peer=event.worker, epoch=event.epoch)
-        return actions + [Send(worker=peer.id, message=drop) for peer in self._peers_of(state)]
+        peers = self._peers_of(state)
+        if state.info.role is Role.DECODE:
+            peers += self.fleet.of(state.model, Role.DECODE)
+        return actions + [Send(worker=peer.id, message=drop) for peer in peers]
 
     # --- time ---------------------------------------------------------------------------------------
 

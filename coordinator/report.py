@@ -33,6 +33,8 @@ class Report:
     prefill_worker: str = ""
     """Empty when the decode worker read the prompt itself."""
     decode_worker: str = ""
+    migrations: int = 0
+    """Moves to another decode worker, with its KV."""
     ttft_target_s: float | None = None
     tpot_target_s: float | None = None
     placement: str = ""

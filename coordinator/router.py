@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from coordinator.fleet import Fleet, WorkerState
-from coordinator.policies import Candidate, Choice, Policy, make_policy
+from coordinator.policies import Candidate, Choice, LeastLoaded, Policy, make_policy
 from pdserve.core.config import RoutingPolicy
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
@@ -37,13 +37,15 @@ class Router:
         tokens: int,
         *,
         prefer: Placement | None = None,
+        prefix_at: WorkerId | None = None,
         avoid: Collection[WorkerId] = (),
     ) -> Placement | None:
         """Workers for a prompt of `tokens`, or None while no decode worker takes requests.
 
         `prefer`: where the first sample of the same prompt went, taken again while possible. `avoid`: workers
         that failed this request before: of decode workers, taken only when there is no other; of prefill
-        workers never, as the decode worker can read the prompt itself.
+        workers never, as the decode worker can read the prompt itself. `prefix_at`: a prefill worker that has
+        read this prompt before, taken unless it is busier than another would be with reading it all.
         """
         decoders = [w for w in fleet.of(model, Role.DECODE) if w.takes_decode()]
         if not decoders:
@@ -58,6 +60,10 @@ class Router:
         )
         if not readers:
             return Placement(decode, None)
+        again = next((w for w in readers if w.id == prefix_at), None)
+        if again is not None and again.prefill_wait_s(0) <= min(w.prefill_wait_s(tokens) for w in readers):
+            scores = tuple(Candidate(w.id, w.prefill_wait_s(0 if w is again else tokens)) for w in readers)
+            return Placement(decode, Choice(again.id, scores, "has read its prompt"))
         prefill = self._choose(
             (model, Role.PREFILL),
             readers,
@@ -66,6 +72,19 @@ class Router:
             avoid,
         )
         return Placement(decode, prefill)
+
+    def place_move(self, fleet: Fleet, source: WorkerState, tokens: int) -> Choice | None:
+        """A decode worker with room, and with blocks of the same size, for a request of `source`; or None."""
+        targets = [
+            worker
+            for worker in fleet.of(source.model, Role.DECODE)
+            if worker.takes_decode()
+            and worker.id != source.id
+            and worker.info.block_tokens == source.info.block_tokens
+        ]
+        if not targets:
+            return None
+        return LeastLoaded().choose([Candidate(w.id, w.decode_load(tokens)) for w in targets])
 
     def _choose(
         self,

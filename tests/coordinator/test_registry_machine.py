@@ -108,6 +108,17 @@ class RegistryMachine(RuleBasedStateMachine):
     def a_process_ends(self, data: st.DataObject) -> None:
         self.world.end_process(data.draw(st.sampled_from(sorted(self.world.workers))))
 
+    @precondition(lambda self: any(w.startswith("decode") for w in self.world.linked))
+    @rule(data=st.data(), timeout_s=st.sampled_from([0.5, 30.0]))
+    def a_worker_is_drained(self, data: st.DataObject, timeout_s: float) -> None:
+        names = [w for w in sorted(self.world.linked) if w.startswith("decode")]
+        self.world.drain(data.draw(st.sampled_from(names)), timeout_s)
+
+    @precondition(lambda self: self.world.workers)
+    @rule(data=st.data())
+    def a_connection_is_made_again(self, data: st.DataObject) -> None:
+        self.world.reconnect(data.draw(st.sampled_from(sorted(self.world.workers))))
+
     @rule(name=st.sampled_from(sorted(ROLES)))
     def a_worker_joins(self, name: str) -> None:
         self._join(name)
@@ -147,8 +158,8 @@ class RegistryMachine(RuleBasedStateMachine):
         for name in sorted(self.world.workers):
             if name not in self.world.linked:
                 self.world.end_process(name)
-        if WorkerId("decode-0") not in self.world.linked:
-            self._join("decode-0")
+        # A new process, which nobody has drained.
+        self._join("decode-0")
         for _ in range(60):
             self.world.run()
             self.world.tick(1.0)

@@ -6,7 +6,9 @@ in here is a promise of the coordinator: breaking it raises AssertionError.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
@@ -23,6 +25,8 @@ from pdserve.core.messages import (
     Heartbeat,
     Hello,
     KvArrived,
+    Migrate,
+    Orphaned,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
@@ -113,6 +117,9 @@ class _Reservation:
     awaits_kv: bool
     quarantined: bool = False
     runs: bool = False
+    writer_epoch: int = 0
+    moving: Migrate | None = None
+    """Paused: its KV is on the way to, or at, another decode worker."""
 
 
 class ModelDecode:
@@ -124,6 +131,10 @@ class ModelDecode:
         self.peers: set[tuple[WorkerId, int]] = set()
         self.free = [BlockId(i) for i in range(info.num_blocks)]
         self.refuse_next = 0
+        self.pushes: list[ModelPush] = []
+        self.moves: dict[AttemptId, AttemptId] = {}
+        """By the attempt's name there: those whose last word has not been said."""
+        self.draining = False
 
     def handle(self, message: Down) -> list[Up]:
         match message:
@@ -131,10 +142,14 @@ class ModelDecode:
                 return self._start(message)
             case Cancel(attempt=attempt):
                 held = self.reservations.get(attempt)
-                if held is not None and held.awaits_kv:
+                if held is None:
+                    return self._move_cancelled(attempt)
+                if held.awaits_kv:
                     held.quarantined, held.runs = True, False
-                elif held is not None:
+                else:
                     self._release(attempt)
+            case Migrate():
+                return self._migrate(message)
             case PushesSettled(attempt=attempt):
                 held = self.reservations.get(attempt)
                 if held is not None:
@@ -150,14 +165,58 @@ class ModelDecode:
                 self.peers.add((peer, epoch))
             case RenewLease(attempt=attempt):
                 pass
-            case Drain() | Hello():
+            case Drain():
+                self.draining = True
+            case Hello():
                 pass
             case StartPrefill():
                 raise AssertionError("a decode worker was told to prefill")
         return []
 
+    def _migrate(self, order: Migrate) -> list[Up]:
+        """The whole KV goes with one push; the sequence waits here for what becomes of it."""
+        known = (order.decode_worker, order.decode_epoch) in self.peers
+        assert known, f"{order.to}: {order.decode_worker} was never introduced"
+        held = self.reservations.get(order.attempt)
+        if held is None or not held.runs or held.moving is not None:
+            failed = AttemptFailed(attempt=order.to, code="RESOURCE_EXHAUSTED", message="", retryable=True)
+            return [failed, PushesSettled(attempt=order.to)]
+        tokens = held.spec.tokens + held.output
+        assert order.num_tokens < len(tokens)
+        held.moving, held.runs = order, False
+        self.moves[order.to] = order.attempt
+        self.pushes.append(
+            ModelPush(
+                self.info.worker,
+                order.decode_worker,
+                order.decode_epoch,
+                order.to,
+                tokens[-1],
+                tokens[order.num_tokens : -1],
+            )
+        )
+        return []
+
+    def _move_cancelled(self, to: AttemptId) -> list[Up]:
+        for held in self.reservations.values():
+            if held.moving is not None and held.moving.to == to:
+                held.moving, held.runs = None, True
+        return [] if to in self.moves else [PushesSettled(attempt=to)]
+
+    def move_landed(self, to: AttemptId) -> list[Up]:
+        """A push from here has ended, well or not."""
+        attempt = self.moves.pop(to, None)
+        if attempt is None:
+            return []
+        held = self.reservations.get(attempt)
+        if held is not None and held.moving is None:
+            return [PushesSettled(attempt=to)]
+        return [TransferDone(attempt=to, bytes_moved=4096, exposed_s=0.125, busy_s=0.25, path="fake")]
+
     def _start(self, message: StartDecode) -> list[Up]:
         spec, attempt = message.spec, message.spec.attempt
+        if self.draining:
+            return [Refused(attempt=attempt, reason=RefusalReason.DRAINING, detail="")]
         assert attempt not in self.reservations, f"{attempt}: started twice"
         assert message.prefill_worker is None or any(
             peer == message.prefill_worker for peer, _ in self.peers
@@ -173,17 +232,19 @@ class ModelDecode:
         self.reservations[attempt] = _Reservation(
             spec, message.prefill_worker, blocks, [], awaits_kv=not colocated, runs=colocated
         )
+        known = [epoch for peer, epoch in self.peers if peer == message.prefill_worker]
+        self.reservations[attempt].writer_epoch = max(known, default=0)
         return [Reserved(attempt=attempt, blocks=blocks, cached_tokens=0)]
 
-    def push_landed(self, attempt: AttemptId, first_token: int) -> list[Up]:
+    def push_landed(self, attempt: AttemptId, first_token: int, before: Sequence[int] = ()) -> list[Up]:
         held = self.reservations.get(attempt)
         assert held is not None, f"{attempt}: a write landed in blocks that were given back"
         if held.quarantined:
             return []
         held.awaits_kv, held.runs = False, True
-        held.output.append(first_token)
+        held.output += [*before, first_token]
         up: list[Up] = [KvArrived(attempt=attempt)]
-        return up + self._tell(attempt, held, [first_token])
+        return up + self._tell(attempt, held, [*before, first_token])
 
     def fail(self, attempt: AttemptId, *, retryable: bool = True) -> list[Up]:
         """Give an attempt up: a lease that ran out, a step that broke."""
@@ -193,6 +254,21 @@ class ModelDecode:
         else:
             self._release(attempt)
         return [AttemptFailed(attempt=attempt, code="UNAVAILABLE", message="cable", retryable=retryable)]
+
+    def connection_lost(self) -> None:
+        for attempt, held in list(self.reservations.items()):
+            if held.awaits_kv:
+                held.quarantined, held.runs = True, False
+            else:
+                self._release(attempt)
+
+    def orphans(self) -> list[Up]:
+        """What it tells a coordinator that it meets."""
+        return [
+            Orphaned(attempt=attempt, writer=held.prefill, writer_epoch=held.writer_epoch)
+            for attempt, held in self.reservations.items()
+            if held.quarantined and held.prefill is not None
+        ]
 
     def step(self) -> list[Up]:
         up: list[Up] = []
@@ -223,7 +299,9 @@ class ModelDecode:
 
     def heartbeat(self) -> Heartbeat:
         quarantined = sum(len(r.blocks) for r in self.reservations.values() if r.quarantined)
-        return _heartbeat(self.info, len(self.free), quarantined, len(self.reservations))
+        return dataclasses.replace(
+            _heartbeat(self.info, len(self.free), quarantined, len(self.reservations)), draining=self.draining
+        )
 
 
 @dataclass
@@ -241,6 +319,8 @@ class ModelPush:
     decode_epoch: int
     attempt: AttemptId
     first_token: int
+    before: Sequence[int] = ()
+    """Of a move: tokens that came since the target's blocks were reserved."""
 
 
 class ModelPrefill:
@@ -270,9 +350,13 @@ class ModelPrefill:
                 self.peers.discard((peer, epoch))
             case Hello() | Drain():
                 pass
-            case StartDecode() | RenewLease() | PushesSettled():
+            case StartDecode() | RenewLease() | PushesSettled() | Migrate():
                 raise AssertionError(f"a prefill worker was sent {message}")
         return []
+
+    def connection_lost(self) -> None:
+        for attempt in list(self.readings):
+            self._abandon(attempt)
 
     def fail(self, attempt: AttemptId, *, retryable: bool = True) -> list[Up]:
         """Tell, then give it up like a cancelled one."""

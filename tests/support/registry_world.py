@@ -8,6 +8,7 @@ from coordinator.book import RegistrySettings
 from coordinator.events import (
     Action,
     ClientCancelled,
+    DrainWorker,
     Emit,
     EmitPrompt,
     End,
@@ -149,6 +150,8 @@ class World:
         model = self.workers[worker]
         if isinstance(model, ModelDecode):
             said = model.step()
+            self.pushes += model.pushes
+            model.pushes.clear()
         else:
             said = []
             for attempt in list(model.readings):
@@ -163,9 +166,29 @@ class World:
         push = self.pushes.pop(index)
         decode = self.workers.get(push.decode)
         if isinstance(decode, ModelDecode) and decode.info.epoch == push.decode_epoch:
-            said = decode.push_landed(push.attempt, push.first_token)
+            said = decode.push_landed(push.attempt, push.first_token, push.before)
             if push.decode in self.linked:
                 self.up[push.decode] += said
+        writer = self.workers.get(push.prefill)
+        if isinstance(writer, ModelDecode):
+            said = writer.move_landed(push.attempt)
+            if push.prefill in self.linked:
+                self.up[push.prefill] += said
+
+    def reconnect(self, name: str) -> None:
+        """The connection breaks, which ends what the worker ran for it, and is made again."""
+        worker = WorkerId(name)
+        if worker in self.linked:
+            self.lose(name)
+        model = self.workers[worker]
+        model.connection_lost()
+        self.linked.add(worker)
+        self.handle(WorkerJoined(info=model.info, model=MODEL))
+        if isinstance(model, ModelDecode):
+            self.up[worker] += model.orphans()
+
+    def drain(self, name: str, timeout_s: float | None = None) -> None:
+        self.handle(DrainWorker(worker=WorkerId(name), timeout_s=timeout_s))
 
     def beat(self, worker: WorkerId) -> None:
         if worker in self.linked:
@@ -178,7 +201,11 @@ class World:
             while self.pushes:
                 self.land(0)
             for worker, model in list(self.workers.items()):
-                work = model.busy if isinstance(model, ModelDecode) else bool(model.readings)
+                work = (
+                    model.busy or bool(model.pushes)
+                    if isinstance(model, ModelDecode)
+                    else bool(model.readings)
+                )
                 if work:
                     self.step(worker)
                 moved |= work
