@@ -27,7 +27,7 @@ from tests.support.quantisers import (
     Quantiser,
     quantise_checkpoint,
 )
-from tests.support.stepping import BlockDealer, greedy
+from tests.support.stepping import BlockDealer, greedy, step
 from tests.support.tiny_models import TinyModel
 
 TinyModels = Callable[[str], TinyModel]
@@ -310,3 +310,41 @@ def test_a_published_quantised_model_gives_its_reference_answers(form: str) -> N
     folder = shared(f"models/stories15M-{form}")
     engine = engine_for(folder, DType.FLOAT32, block=64, blocks=8)
     check_reference(engine, folder / "reference.json", max_tokens=40)
+
+
+PUBLISHED_LOSS = {"gptq-int4": 3.209 / 3.038, "awq-int4": 3.225 / 3.038, "fp8-block": 3.058 / 3.038}
+"""Perplexity over that of the float32 model, both on text that was drawn from the model."""
+
+
+@pytest.fixture(scope="module")
+def drawn_texts() -> list[list[int]]:
+    """What the float32 model says by itself, from a fixed seed."""
+    engine = engine_for(shared("models/stories15M"), DType.FLOAT32, block=64, blocks=64)
+    dealer, generator = BlockDealer(engine), torch.Generator().manual_seed(0)
+    texts = [dealer.sequence([1], room=160) for _ in range(16)]
+    for _ in range(159):
+        step(engine, [(text, 1) for text in texts])
+        chances = torch.softmax(torch.stack([text.logits[-1] for text in texts]), -1)
+        for text, token in zip(texts, torch.multinomial(chances, 1, generator=generator), strict=True):
+            text.tokens.append(int(token))
+    return [text.tokens for text in texts]
+
+
+def perplexity(folder: Path, texts: list[list[int]], dtype: DType) -> float:
+    engine = engine_for(folder, dtype, block=64, blocks=64)
+    dealer, losses = BlockDealer(engine), []
+    for tokens in texts:
+        sequence = dealer.sequence(tokens)
+        step(engine, [(sequence, len(tokens))])
+        rows = torch.log_softmax(torch.stack(sequence.logits[:-1]), -1)
+        losses.append(-rows[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])])
+    return float(torch.cat(losses).mean().exp())
+
+
+@pytest.mark.slow
+def test_perplexities_are_the_published_ones(drawn_texts: list[list[int]]) -> None:
+    plain = perplexity(shared("models/stories15M"), drawn_texts, DType.FLOAT32)
+    for form, loss in PUBLISHED_LOSS.items():
+        found = perplexity(shared(f"models/stories15M-{form}"), drawn_texts, DType.FLOAT32)
+        # Another text than the published one: two and a half thousand tokens of the same model.
+        assert found / plain == pytest.approx(loss, abs=0.015), form
