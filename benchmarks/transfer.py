@@ -1,10 +1,18 @@
-"""How fast KV blocks move between two processes of one host, beside memcpy in the same run.
+"""How fast KV blocks move between two processes, beside what others reach in the same run.
 
     python -m benchmarks.transfer --output build/transfer.json
 
-Per transport and block size, interleaved: a push of `--push-mib` in scattered blocks and a memcpy of the same
-blocks (GB/s, 1e9 bytes), the time of a one-block push at the sender, and the time from `submit` until its
-note is an event at the receiver, which was idle. Then the CPU time of an idle, connected service.
+Transports: what UCX picks on this host, TCP over loopback, and, for root, TCP between two network namespaces.
+Per transport and block size, interleaved in every round:
+
+    push      `--push-mib` in scattered blocks of a pool that fits no cache
+    memcpy    the same blocks, within this process
+    one       as many bytes from one block into one block, over and over, as ucx_perftest sends them
+    perftest  `ucp_put_bw` of UCX with messages of that size (Debian: ucx-utils), with its own version of UCX
+    digest    what a digest of the same blocks would take, as a share of the push's time
+
+then the time of a one-block push at the sender and until its note is an event at an idle receiver; and what
+100 short requests wait behind a huge one, with and without taking turns.
 """
 
 from __future__ import annotations
@@ -14,41 +22,28 @@ import dataclasses
 import json
 import multiprocessing
 import statistics
-import struct
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import psutil
+import xxhash
 
 from benchmarks.environment import describe_environment
-from kvtransfer.factory import make_backend
-from kvtransfer.protocol import (
-    NoteArrived,
-    Outcome,
-    PathInfo,
-    PeerConnected,
-    PeerFailed,
-    PoolRegion,
-    Push,
-    PushEnded,
-    TransferEvent,
-)
-from kvtransfer.service import TransferService
-from pdserve.core.config import TransferBackendName
-from pdserve.core.ids import BlockId, WorkerId
-from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
+from benchmarks.network_namespaces import DEVICE, available, two_namespaces
+from benchmarks.transfer_pair import BLOCK_BYTES, Pair, Transport, connected
+from benchmarks.transfer_tools import iperf3, ucx_perftest
+from kvtransfer.protocol import Outcome, PathInfo, PushEnded
 
-BLOCK_BYTES: Final = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
-TRANSPORTS: Final[dict[str, dict[str, str]]] = {"default": {}, "tcp": {"TLS": "tcp", "NET_DEVICES": "lo"}}
 IDLE_S: Final = 3.0
-WAIT_S: Final = 60.0
-_STAMP: Final = struct.Struct("<d")
+SHORT_REQUESTS: Final = 100
+SHORT_BLOCKS: Final = 4
+HUGE_PUSHES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,161 +65,126 @@ class Row:
     push_gb_per_s: BestAndMedian
     """From the start of the transfer to its completion at the sender, note included."""
     memcpy_gb_per_s: BestAndMedian
+    one_gb_per_s: BestAndMedian
+    perftest_gb_per_s: BestAndMedian | None
+    digest_share: BestAndMedian
+    """Time of a digest / time of the push, each at its best and at its median."""
     one_block_us: BestAndMedian
     """One block, at the idle sender: from the start of the transfer to its completion."""
     note_us: BestAndMedian
     """One block: from `submit` in the idle sender to the note's event in the idle receiver."""
 
 
-def layouts() -> tuple[GroupLayout, ...]:
-    """A cache group per block size, one layer each."""
-    return tuple(
-        GroupLayout(
-            group=CacheGroup(
-                name=f"b{size}", num_layers=1, num_kv_heads=1, head_dim=size // 64, dtype="bfloat16"
-            ),
-            block_tokens=16,
-        )
-        for size in BLOCK_BYTES
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns:
+    """Short requests that come just after a huge one: milliseconds from the first submit to the ends."""
+
+    transport: str
+    order: str
+    huge_mib: int
+    short_p50_ms: float
+    short_last_ms: float
+    huge_ms: float
 
 
-class Side:
-    """A worker's pools and running service; `wait` returns events as they come."""
-
-    def __init__(self, name: str, pool_bytes: int, ucx: dict[str, str]) -> None:
-        self.name = WorkerId(name)
-        self.arrays = [np.ones(pool_bytes, dtype=np.uint8) for _ in BLOCK_BYTES]
-        self.fingerprint = Fingerprint(protocol=PROTOCOL_VERSION, model="benchmark", layouts=layouts())
-        regions = [
-            PoolRegion(
-                address=array.ctypes.data,
-                size_bytes=pool_bytes,
-                layout=layout,
-                num_blocks=pool_bytes // layout.block_bytes,
-            )
-            for array, layout in zip(self.arrays, layouts(), strict=True)
-        ]
-        self.backend = make_backend(
-            TransferBackendName.NIXL, self.name, 1, regions, self.fingerprint, ucx=ucx
-        )
-        self._events: list[TransferEvent] = []
-        self._changed = threading.Condition()
-        self.note_seconds: list[float] = []
-        self.service = TransferService(self.backend, self._on_event)
-        self.service.start()
-
-    def _on_event(self, event: TransferEvent) -> None:
-        if isinstance(event, NoteArrived):
-            self.note_seconds.append(time.monotonic() - _STAMP.unpack(event.note)[0])
-            return
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify()
-
-    def wait(self) -> TransferEvent:
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._events, WAIT_S):
-                raise TimeoutError("no transfer event")
-            return self._events.pop(0)
-
-    def push(self, push_id: int, group: int, src: Sequence[int], dst: Sequence[int]) -> PushEnded:
-        self.service.submit(
-            Push(
-                id=push_id,
-                peer=WorkerId("receiver"),
-                group=group,
-                src_blocks=tuple(BlockId(b) for b in src),
-                dst_blocks=tuple(BlockId(b) for b in dst),
-                layers=(0, 1),
-                note=_STAMP.pack(time.monotonic()),
-                deadline=time.monotonic() + WAIT_S,
-            )
-        )
-        end = self.wait()
-        if not isinstance(end, PushEnded) or end.outcome is not Outcome.COMPLETED:
-            raise RuntimeError(f"the push failed: {end}")
-        return end
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    rows: list[Row]
+    turns: list[Turns]
+    idle_share: float
+    """Of a core, by the idle, connected receiver."""
+    probe: PathInfo
 
 
-def receive(pipe: Connection, pool_bytes: int, ucx: dict[str, str]) -> None:
-    """The other process: stands still, and hands over its note times when asked."""
-    side = Side("receiver", pool_bytes, ucx)
-    pipe.send(side.backend.metadata)
-    while pipe.recv() == "notes":
-        pipe.send(side.note_seconds)
-        side.note_seconds = []
-    side.service.stop()
-    side.service.join(WAIT_S)
-
-
-def measure(
-    transport: str, ucx: dict[str, str], args: argparse.Namespace
-) -> tuple[list[Row], float, PathInfo]:
-    """Rows, the idle receiver's share of a core, and what the connection's own probe found."""
+def measure(transport: Transport, args: argparse.Namespace) -> Measured:
     pool_bytes, push_bytes = args.pool_mib << 20, args.push_mib << 20
-    spawn = multiprocessing.get_context("spawn")
-    pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=receive, args=(theirs, pool_bytes, ucx))
-    process.start()
-    sender = Side("sender", pool_bytes, ucx)
-    sender.service.connect(WorkerId("receiver"), 1, sender.fingerprint, pipe.recv())
-    met = sender.wait()
-    if not isinstance(met, PeerConnected):
-        assert isinstance(met, PeerFailed)
-        raise RuntimeError(met.error)
-    rows = []
-    for group, size in enumerate(BLOCK_BYTES):
-        rows.append(
-            _measure_size(transport, met.path.path, sender, pipe, group, size, push_bytes, args.rounds)
-        )
-    idle = _idle_share(process.pid)
-    pipe.send("stop")
-    sender.service.stop()
-    sender.service.join(WAIT_S)
-    process.join(WAIT_S)
-    return rows, idle, met.path
+    with connected(transport, pool_bytes) as pair:
+        rows = [
+            _measure_size(transport, pair, group, size, push_bytes, args)
+            for group, size in enumerate(BLOCK_BYTES)
+        ]
+        turns = [
+            _turns(transport.name, pair, order, round_of)
+            for round_of in range(3)
+            for order in ("first come, first served", "in turns")
+        ]
+        idle = _idle_share(pair.receiver_pid)
+        return Measured(rows=rows, turns=turns, idle_share=idle, probe=pair.path)
 
 
 def _measure_size(
-    transport: str,
-    path: str,
-    sender: Side,
-    pipe: Connection,
-    group: int,
-    size: int,
-    push_bytes: int,
-    rounds: int,
+    transport: Transport, pair: Pair, group: int, size: int, push_bytes: int, args: argparse.Namespace
 ) -> Row:
-    rng = np.random.default_rng(group)
+    rng, sender, rounds = np.random.default_rng(group), pair.sender, args.rounds
     array = sender.arrays[group]
     num_blocks, count = len(array) // size, max(1, push_bytes // size)
     target = np.ones_like(array)
-    pushed, copied, single = [], [], []
+    pushed, copied, digested, same, others, single = [], [], [], [], [], []
     for i in range(rounds + 1):
         src, dst = (rng.permutation(num_blocks)[:count].tolist() for _ in range(2))
-        pushed.append(sender.push(2 * i, group, src, dst).seconds)
+        pushed.append(sender.push(3 * i, group, src, dst).seconds)
         began = time.perf_counter()
         for a, b in zip(src, dst, strict=True):
             target[b * size : (b + 1) * size] = array[a * size : (a + 1) * size]
         copied.append(time.perf_counter() - began)
-    pipe.send("notes")
-    pipe.recv()
+        began = time.perf_counter()
+        digest = xxhash.xxh3_64()
+        for a in src:
+            digest.update(array[a * size : (a + 1) * size].data)
+        digested.append(time.perf_counter() - began)
+        same.append(sender.push(3 * i + 1, group, [0] * count, [1] * count).seconds)
+        if i < args.perftest_rounds:
+            found = ucx_perftest(args.ucx_perftest, size, 4 * push_bytes, transport.ucx, transport.namespaces)
+            others += [] if found is None else [found]
+    pair.take_notes()
     for i in range(4 * rounds):
         time.sleep(0.01)  # the receiver is idle when the note comes
-        single.append(sender.push(2 * i + 1, group, src[:1], dst[:1]).seconds)
+        single.append(sender.push(3 * i + 2, group, src[:1], dst[:1]).seconds)
     time.sleep(0.1)
-    pipe.send("notes")
-    notes: list[float] = pipe.recv()
     moved = count * size
     return Row(
-        transport=transport,
-        path=path,
+        transport=transport.name,
+        path=pair.path.path,
         block_kib=size >> 10,
         push_gb_per_s=_rate(moved, pushed[1:]),
         memcpy_gb_per_s=_rate(moved, copied[1:]),
+        one_gb_per_s=_rate(moved, same[1:]),
+        perftest_gb_per_s=BestAndMedian(max(others), statistics.median(others)) if others else None,
+        digest_share=BestAndMedian(
+            min(digested) / min(pushed[1:]), statistics.median(digested) / statistics.median(pushed[1:])
+        ),
         one_block_us=_microseconds(single),
-        note_us=_microseconds(notes),
+        note_us=_microseconds(pair.take_notes()),
+    )
+
+
+def _turns(transport: str, pair: Pair, order: str, round_of: int) -> Turns:
+    """Blocks of 256 KiB. Served as they come when all of them are one flow."""
+    group, sender = 1, pair.sender
+    num_blocks = len(sender.arrays[group]) // BLOCK_BYTES[group]
+    everything = list(range(num_blocks))
+    fair = order == "in turns"
+    first = 1_000_000 * (2 * round_of + fair + 1)
+    began = time.monotonic()
+    for i in range(HUGE_PUSHES):
+        sender.submit(first + i, group, everything, everything, "huge" if fair else "")
+    for i in range(SHORT_REQUESTS):
+        blocks = [(SHORT_BLOCKS * i + k) % num_blocks for k in range(SHORT_BLOCKS)]
+        sender.submit(first + 1000 + i, group, blocks, blocks, f"short {i}" if fair else "")
+    ended: dict[int, float] = {}
+    while len(ended) < HUGE_PUSHES + SHORT_REQUESTS:
+        event = sender.wait()
+        if not isinstance(event, PushEnded) or event.outcome is not Outcome.COMPLETED:
+            raise RuntimeError(f"the push failed: {event}")
+        ended[event.id] = time.monotonic() - began
+    short = [at for push_id, at in ended.items() if push_id >= first + 1000]
+    return Turns(
+        transport=transport,
+        order=order,
+        huge_mib=HUGE_PUSHES * len(sender.arrays[group]) >> 20,
+        short_p50_ms=1e3 * statistics.median(short),
+        short_last_ms=1e3 * max(short),
+        huge_ms=1e3 * max(at for push_id, at in ended.items() if push_id < first + 1000),
     )
 
 
@@ -236,7 +196,7 @@ def _microseconds(seconds: Sequence[float]) -> BestAndMedian:
     return BestAndMedian(min(seconds) * 1e6, statistics.median(seconds) * 1e6)
 
 
-def _idle_share(pid: int | None) -> float:
+def _idle_share(pid: int) -> float:
     process = psutil.Process(pid)
     before = process.cpu_times()
     time.sleep(IDLE_S)
@@ -246,15 +206,44 @@ def _idle_share(pid: int | None) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        "| transport | path | block KiB | push GB/s | memcpy GB/s | one block us | block + note us |",
-        "|---|---|---|---|---|---|---|",
+        "| transport | path | block KiB | push GB/s | memcpy GB/s | one block over and over GB/s "
+        "| ucx_perftest GB/s | digest / push | one block us | block + note us |",
+        "|" + "---|" * 10,
     ]
     lines += [
         f"| {r.transport} | {r.path} | {r.block_kib} | {r.push_gb_per_s} | {r.memcpy_gb_per_s} "
+        f"| {r.one_gb_per_s} | {r.perftest_gb_per_s or '-'} | {r.digest_share} "
         f"| {r.one_block_us} | {r.note_us} |"
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def turns_table(turns: Sequence[Turns]) -> str:
+    lines = [
+        "| transport | order | huge request MiB | short p50 ms | last short ms | huge ms |",
+        "|" + "---|" * 6,
+    ]
+    lines += [
+        f"| {t.transport} | {t.order} | {t.huge_mib} | {t.short_p50_ms:.0f} | {t.short_last_ms:.0f} "
+        f"| {t.huge_ms:.0f} |"
+        for t in turns
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def transports(*, namespaces: bool) -> Iterator[list[Transport]]:
+    on_host = [
+        Transport(name="default", ucx={}),
+        Transport(name="tcp, loopback", ucx={"TLS": "tcp", "NET_DEVICES": "lo"}),
+    ]
+    if not namespaces:
+        yield on_host
+        return
+    with two_namespaces() as names:
+        ucx = {"TLS": "tcp", "NET_DEVICES": DEVICE}
+        yield [*on_host, Transport(name="tcp, two namespaces", ucx=ucx, namespaces=names)]
 
 
 def main() -> None:
@@ -265,27 +254,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--push-mib", type=int, default=32, help="bytes of one push")
     parser.add_argument("--pool-mib", type=int, default=64, help="bytes of one pool")
+    parser.add_argument("--ucx-perftest", default="ucx_perftest", help="program to run, if it is there")
+    parser.add_argument("--perftest-rounds", type=int, default=3)
     args = parser.parse_args()
     environment = describe_environment()
-    rows: list[Row] = []
-    idle: dict[str, float] = {}
-    probes: dict[str, PathInfo] = {}
-    for transport, ucx in TRANSPORTS.items():
-        found, idle[transport], probes[transport] = measure(transport, ucx, args)
-        rows += found
+    measured: dict[str, Measured] = {}
+    streams: list[float] = []
+    with transports(namespaces=available()) as chosen:
+        for transport in chosen:
+            if transport.namespaces is not None:
+                streams += [rate for _ in range(3) if (rate := iperf3(transport.namespaces, 1)) is not None]
+            # A process of its own each: UCX keeps what it once found out about the machine.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                measured[transport.name] = fresh.submit(measure, transport, args).result()
+    rows = [row for one in measured.values() for row in one.rows]
+    turns = [turn for one in measured.values() for turn in one.turns]
     print(json.dumps(dataclasses.asdict(environment)))
     print(f"rounds {args.rounds}, push {args.push_mib} MiB, pool {args.pool_mib} MiB; best / median\n")
     print(table(rows))
-    for transport, share in idle.items():
-        print(f"{transport}: idle receiver {share:.2%} of a core; probe at connect {probes[transport]}")
+    print(f"\n{turns_table(turns)}\n")
+    if streams:
+        print(f"iperf3 between the namespaces, one stream, GB/s: {', '.join(f'{s:.2f}' for s in streams)}")
+    for name, one in measured.items():
+        print(f"{name}: idle receiver {one.idle_share:.2%} of a core; probe at connect {one.probe}")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "environment": dataclasses.asdict(environment),
             "config": {"rounds": args.rounds, "push_mib": args.push_mib, "pool_mib": args.pool_mib},
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "idle_share_of_a_core": idle,
-            "probes": {name: dataclasses.asdict(probe) for name, probe in probes.items()},
+            "measured": {name: dataclasses.asdict(one) for name, one in measured.items()},
+            "iperf3_gb_per_s": streams,
         }
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,0 +1,177 @@
+"""Two processes with a transfer service each, for measuring what goes on between them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Final
+
+import numpy as np
+
+from benchmarks.network_namespaces import enter
+from kvtransfer.factory import make_backend
+from kvtransfer.protocol import (
+    NoteArrived,
+    Outcome,
+    PathInfo,
+    PeerConnected,
+    PeerFailed,
+    PoolRegion,
+    Push,
+    PushEnded,
+    TransferEvent,
+)
+from kvtransfer.service import TransferService
+from pdserve.core.config import TcpFallback, TransferBackendName, Verify
+from pdserve.core.ids import BlockId, WorkerId
+from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
+
+BLOCK_BYTES: Final = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
+WAIT_S: Final = 60.0
+_STAMP: Final = struct.Struct("<d")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transport:
+    """UCX options; and the network namespaces of sender and receiver, if each has one of its own."""
+
+    name: str
+    ucx: dict[str, str]
+    namespaces: tuple[str, str] | None = None
+
+
+def layouts() -> tuple[GroupLayout, ...]:
+    """A cache group per block size, one layer each."""
+    return tuple(
+        GroupLayout(
+            group=CacheGroup(
+                name=f"b{size}", num_layers=1, num_kv_heads=1, head_dim=size // 64, dtype="bfloat16"
+            ),
+            block_tokens=16,
+        )
+        for size in BLOCK_BYTES
+    )
+
+
+class Side:
+    """A worker's pools and running service; `wait` returns events as they come."""
+
+    def __init__(self, name: str, pool_bytes: int, ucx: dict[str, str], verify: Verify) -> None:
+        self.name = WorkerId(name)
+        self.arrays = [np.ones(pool_bytes, dtype=np.uint8) for _ in BLOCK_BYTES]
+        self.fingerprint = Fingerprint(protocol=PROTOCOL_VERSION, model="benchmark", layouts=layouts())
+        regions = [
+            PoolRegion(
+                address=array.ctypes.data,
+                size_bytes=pool_bytes,
+                layout=layout,
+                num_blocks=pool_bytes // layout.block_bytes,
+            )
+            for array, layout in zip(self.arrays, layouts(), strict=True)
+        ]
+        self.backend = make_backend(
+            TransferBackendName.NIXL,
+            self.name,
+            1,
+            regions,
+            self.fingerprint,
+            ucx=ucx,
+            tcp_fallback=TcpFallback.ALLOW,
+        )
+        self._events: list[TransferEvent] = []
+        self._changed = threading.Condition()
+        self.note_seconds: list[float] = []
+        self.service = TransferService(self.backend, self._on_event, verify=verify)
+        self.service.start()
+
+    def _on_event(self, event: TransferEvent) -> None:
+        if isinstance(event, NoteArrived):
+            self.note_seconds.append(time.monotonic() - _STAMP.unpack(event.note)[0])
+            return
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify()
+
+    def wait(self) -> TransferEvent:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._events, WAIT_S):
+                raise TimeoutError("no transfer event")
+            return self._events.pop(0)
+
+    def push(self, push_id: int, group: int, src: Sequence[int], dst: Sequence[int]) -> PushEnded:
+        """Submit, and wait for its end."""
+        self.submit(push_id, group, src, dst)
+        end = self.wait()
+        if not isinstance(end, PushEnded) or end.outcome is not Outcome.COMPLETED:
+            raise RuntimeError(f"the push failed: {end}")
+        return end
+
+    def submit(
+        self, push_id: int, group: int, src: Sequence[int], dst: Sequence[int], flow: str = ""
+    ) -> None:
+        self.service.submit(
+            Push(
+                id=push_id,
+                peer=WorkerId("receiver"),
+                group=group,
+                src_blocks=tuple(BlockId(b) for b in src),
+                dst_blocks=tuple(BlockId(b) for b in dst),
+                layers=(0, 1),
+                note=_STAMP.pack(time.monotonic()),
+                deadline=time.monotonic() + WAIT_S,
+                flow=flow,
+            )
+        )
+
+
+def receive(pipe: Connection, pool_bytes: int, transport: Transport, verify: Verify) -> None:
+    """The other process: stands still, and hands over its note times when asked."""
+    enter(None if transport.namespaces is None else transport.namespaces[1])
+    side = Side("receiver", pool_bytes, transport.ucx, verify)
+    pipe.send(side.backend.metadata)
+    while pipe.recv() == "notes":
+        pipe.send(side.note_seconds)
+        side.note_seconds = []
+    side.service.stop()
+    side.service.join(WAIT_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    sender: Side
+    pipe: Connection
+    receiver_pid: int
+    path: PathInfo
+
+    def take_notes(self) -> list[float]:
+        """Seconds from submit to arrival of each note since the last call."""
+        self.pipe.send("notes")
+        notes: list[float] = self.pipe.recv()
+        return notes
+
+
+@contextmanager
+def connected(transport: Transport, pool_bytes: int, verify: Verify = Verify.OFF) -> Iterator[Pair]:
+    """A sender here and a receiver in a new process, which have met. This process stays in its namespace."""
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    process = spawn.Process(target=receive, args=(theirs, pool_bytes, transport, verify))
+    process.start()
+    enter(None if transport.namespaces is None else transport.namespaces[0])
+    sender = Side("sender", pool_bytes, transport.ucx, verify)
+    sender.service.connect(WorkerId("receiver"), 1, sender.fingerprint, pipe.recv())
+    met = sender.wait()
+    if not isinstance(met, PeerConnected):
+        raise RuntimeError(met.error if isinstance(met, PeerFailed) else str(met))
+    assert process.pid is not None
+    yield Pair(sender, pipe, process.pid, met.path)
+    pipe.send("stop")
+    sender.service.stop()
+    sender.service.join(WAIT_S)
+    process.join(WAIT_S)
