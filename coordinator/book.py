@@ -9,6 +9,7 @@ from coordinator.flight import Attempt, Flight
 from coordinator.pushes import PushLedger
 from coordinator.router import Router
 from coordinator.waiting import WaitingQueue
+from pdserve.core.config import Admission
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.messages import Orphaned
 
@@ -19,6 +20,7 @@ class RegistrySettings:
     max_attempts: int
     lease_s: float
     transfer_deadline_s: float
+    admission: Admission = Admission.OFF
     no_workers_wait_s: float = 30.0
     """How long a request waits for a decode worker to appear (again) while there is none."""
     drain_timeout_s: float = 120.0

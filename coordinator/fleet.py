@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -45,6 +48,8 @@ class WorkerState:
     _prefill_sum: int = 0
     _pairs_sum: float = 0.0
     _prefill_totals: dict[AttemptId, int] = field(default_factory=dict)
+    _due: dict[AttemptId, float] = field(default_factory=dict)
+    _latest_due: float = -math.inf
 
     @property
     def id(self) -> WorkerId:
@@ -73,7 +78,10 @@ class WorkerState:
         self._blocks_sum += blocks
         self.unanswered.add(attempt)
 
-    def place_prefill(self, attempt: AttemptId, tokens: int) -> None:
+    def place_prefill(self, attempt: AttemptId, tokens: int, due: float = math.inf) -> None:
+        """due: when its first token is due; prompts are read in this order."""
+        self._due[attempt] = due
+        self._latest_due = max(self._latest_due, due)
         self.prefill_left[attempt] = self._prefill_totals[attempt] = tokens
         self._prefill_sum += tokens
         self._pairs_sum += tokens * tokens / 2
@@ -89,7 +97,9 @@ class WorkerState:
         if left:
             self.prefill_left[attempt] = left
         else:
-            del self.prefill_left[attempt], self._prefill_totals[attempt]
+            del self.prefill_left[attempt], self._prefill_totals[attempt], self._due[attempt]
+            if not self._due:
+                self._latest_due = -math.inf
 
     def release(self, attempt: AttemptId) -> None:
         """The attempt has left this worker, or never got in."""
@@ -124,6 +134,19 @@ class WorkerState:
         """Of all prompts placed here."""
         return Work(len(self.prefill_left), self._prefill_sum, self._pairs_sum)
 
+    def work_due(self, due: float) -> Work:
+        """Of the prompts placed here that are due no later."""
+        if due >= self._latest_due:
+            return self.work_left
+        prompts, tokens, pairs = 0, 0, 0.0
+        for attempt, at in self._due.items():
+            if at <= due:
+                total, left = self._prefill_totals[attempt], self.prefill_left[attempt]
+                prompts += 1
+                tokens += left
+                pairs += (total * total - (total - left) ** 2) / 2
+        return Work(prompts, tokens, pairs)
+
     def batch_with(self, tokens: int) -> tuple[int, int]:
         """Sequences and context tokens of its steps, as far as is known, once `tokens` more have joined."""
         seqs, context = len(self.blocks_placed), self._blocks_sum * self.info.block_tokens
@@ -155,15 +178,23 @@ class Fleet:
 
     def __init__(self) -> None:
         self._workers: dict[WorkerId, WorkerState] = {}
+        self._kinds: dict[tuple[str, Role], list[WorkerState]] = {}
+        """By model and role, each in order of names."""
 
     def __iter__(self) -> Iterator[WorkerState]:
         return iter(self._workers.values())
 
     def add(self, state: WorkerState) -> None:
+        self.forget(state.id)
         self._workers[state.id] = state
+        kind = self._kinds.setdefault((state.model, state.info.role), [])
+        bisect.insort(kind, state, key=lambda s: s.id)
 
     def forget(self, worker: WorkerId) -> None:
-        self._workers.pop(worker, None)
+        state = self._workers.pop(worker, None)
+        if state is not None:
+            kind = self._kinds[(state.model, state.info.role)]
+            kind[:] = [other for other in kind if other is not state]
 
     def get(self, worker: WorkerId | None, epoch: int | None = None) -> WorkerState | None:
         """The worker, if it is known (in this epoch)."""
@@ -177,5 +208,11 @@ class Fleet:
 
     def of(self, model: str, role: Role) -> list[WorkerState]:
         """Workers that can be talked to, by name."""
-        found = [s for s in self if s.model == model and s.info.role is role and s.up]
-        return sorted(found, key=lambda s: s.id)
+        return [state for state in self._kinds.get((model, role), ()) if state.up]
+
+    def some(self, model: str, role: Role, limit: int, rng: random.Random) -> list[WorkerState]:
+        """All that can be talked to, or about `limit` of them where there are more, drawn at random."""
+        kind = self._kinds.get((model, role), [])
+        if len(kind) <= limit:
+            return self.of(model, role)
+        return sorted((s for s in rng.sample(kind, limit) if s.up), key=lambda s: s.id)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from coordinator.events import NewRequest
 from coordinator.report import Report
 from coordinator.router import Placement
+from coordinator.sla import Forecast, Goal
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase, RequestRecord
 from pdserve.core.messages import FinishReason, PrefillDone, RequestSpec, TransferDone
@@ -62,6 +64,8 @@ class Flight:
     prompt_logprobs_sent: bool = False
     first_token_at: float | None = None
     last_token_at: float | None = None
+    predicted: Forecast | None = None
+    """TTFT from arrival, and TPOT, as predicted when it was placed first."""
     ending: FinishReason | None = None
     """All output is out; only the figures of its transfer are awaited."""
 
@@ -77,6 +81,22 @@ class Flight:
     @property
     def num_tokens(self) -> int:
         return len(self.request.tokens) + len(self.output)
+
+    @property
+    def due(self) -> float:
+        """When its first token is due, on the registry's clock."""
+        target = self.request.ttft_target_s
+        return math.inf if target is None else self.request.arrived + target
+
+    def goal(self, now: float) -> Goal:
+        target = None if self.request.ttft_target_s is None or self.output else self.due - now
+        return Goal(ttft_s=target, tpot_s=self.request.tpot_target_s, due=self.due)
+
+    def predict(self, forecast: Forecast | None, now: float) -> None:
+        """Kept from the first placement, for comparison with what it comes to."""
+        if forecast is not None and self.predicted is None:
+            waited = now - self.request.arrived
+            self.predicted = Forecast(waited + forecast.ttft_s, forecast.tpot_s)
 
     def awaits_kv(self) -> bool:
         return self.record.phase in (Phase.PREFILLING, Phase.TRANSFERRING)
@@ -126,6 +146,8 @@ class Flight:
             tpot_s=self._tpot_s(),
             ttft_target_s=request.ttft_target_s,
             tpot_target_s=request.tpot_target_s,
+            predicted_ttft_s=None if self.predicted is None else self.predicted.ttft_s,
+            predicted_tpot_s=None if self.predicted is None else self.predicted.tpot_s,
         )
         if attempt is None:
             return report

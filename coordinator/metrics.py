@@ -15,6 +15,7 @@ from pdserve.core.messages import FinishReason
 MAX_LABEL_VALUES: Final = 64
 """Distinct tenants, and distinct priorities, before the next is counted as `other`."""
 _FAST: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_RATIOS: Final = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5)
 _SLOW: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
 
@@ -69,6 +70,13 @@ class Metrics:
         self.output_tokens = counter("output_tokens", "Tokens written by ended samples", by_model)
         self.attempts = counter("attempts", "Attempts of ended samples", by_model)
         self.requests = counter("requests", "Samples that ended", ["model", "outcome", "tenant", "priority"])
+        self.prediction_error = Histogram(
+            "pdserve_prediction_error_ratio",
+            "|predicted - measured| / measured, as predicted when a sample was placed",
+            ["model", "what"],
+            buckets=_RATIOS,
+            registry=self.registry,
+        )
         self.targets = counter("targets", "Targets of ended samples", ["model", "target", "result"])
         self.errors = counter("errors", "Requests that ended with an error, at whatever point", ["error"])
         self.refusals = counter("refusals", "Refusals of decode workers", ["worker", "reason"])
@@ -115,6 +123,13 @@ class Metrics:
         self.cached_tokens.labels(model).inc(report.cached_tokens)
         self.output_tokens.labels(model).inc(report.output_tokens)
         self.attempts.labels(model).inc(report.attempts)
+        for what, predicted, measured in (
+            ("ttft", report.predicted_ttft_s, report.ttft_s),
+            ("tpot", report.predicted_tpot_s, report.tpot_s),
+        ):
+            if predicted is not None and measured and report.attempts == 1:
+                error = abs(predicted - measured) / measured
+                self.prediction_error.labels(model, what).observe(error)
         for target, met in (("ttft", report.ttft_met), ("tpot", report.tpot_met)):
             if met is not None:
                 self.targets.labels(model, target, "met" if met else "missed").inc()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator import endings
+from coordinator import admission, endings
 from coordinator.book import Book
 from coordinator.events import Action, NewRequest, Send
 from coordinator.failures import refusal_of
@@ -27,7 +27,7 @@ def admission_error(book: Book, request: NewRequest, now: float) -> PdServeError
         wanted = blocks_for(len(request.tokens) + 1, largest.info.block_tokens)
         if wanted > largest.info.num_blocks:
             return BlockPoolExhausted(wanted=wanted, free=largest.info.num_blocks)
-    return None
+    return admission.hopeless(book, request, now)
 
 
 def _largest_decoder(book: Book, model: str) -> WorkerState | None:
@@ -54,16 +54,19 @@ def place_waiting(book: Book, now: float) -> list[Action]:
     for model, queue in book.waiting.items():
         while (request := queue.peek()) is not None:
             flight = book.flights[request]
+            goal = flight.goal(now)
             placement = book.router.place(
                 book.fleet,
                 model,
                 flight.num_tokens,
+                goal=goal,
                 prefer=flight.prefer,
                 prefix_at=flight.prefix_at,
                 avoid=flight.failed_on,
             )
             if placement is None:
                 break
+            flight.predict(book.router.forecast(book.fleet, placement, flight.num_tokens, goal), now)
             queue.discard(request)
             flight.attempt = Attempt(
                 id=flight.record.attempt_id, placement=placement, base=len(flight.output)
@@ -79,7 +82,7 @@ def _offer(book: Book, flight: Flight, attempt: Attempt, now: float) -> Action:
         decode.place_decode(attempt.id, flight.num_tokens)
     reader = prefill or decode
     if reader is not None:
-        reader.place_prefill(attempt.id, flight.num_tokens)
+        reader.place_prefill(attempt.id, flight.num_tokens, flight.due)
     lease_s = book.settings.lease_s
     offer = StartDecode(spec=flight.spec(), prefill_worker=attempt.prefill, lease_s=lease_s)
     return Send(worker=attempt.decode, message=offer)

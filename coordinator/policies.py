@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import Final, Protocol, assert_never
 
 from pdserve.core.config import RoutingPolicy
 from pdserve.core.ids import WorkerId
+
+_SHOWN: Final = 8
+"""Candidates that the text of a choice lists at most; the choice itself has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,12 @@ class Choice:
     reason: str
 
     def __str__(self) -> str:
-        scores = ", ".join(f"{c.worker}={c.score:.4g}" for c in self.candidates)
+        shown = self.candidates
+        if len(shown) > _SHOWN:
+            shown = tuple(heapq.nsmallest(_SHOWN, shown, key=lambda c: c.score))
+        scores = ", ".join(f"{c.worker}={c.score:.4g}" for c in shown)
+        if len(shown) < len(self.candidates):
+            scores += f", and {len(self.candidates) - len(shown)} with higher scores"
         return f"{self.worker} ({self.reason}; {scores})"
 
 
@@ -39,9 +48,11 @@ class Policy(Protocol):
 class LeastLoaded:
     """The lowest score; the first by name among equals."""
 
+    reason = "least loaded"
+
     def choose(self, candidates: Sequence[Candidate]) -> Choice:
         best = min(candidates, key=lambda c: (c.score, c.worker))
-        return Choice(best.worker, tuple(candidates), "least loaded")
+        return Choice(best.worker, tuple(candidates), self.reason)
 
 
 class PowerOfTwo:
@@ -59,6 +70,12 @@ class PowerOfTwo:
         one, two = self._rng.sample(list(candidates), 2)
         best = min(one, two, key=lambda c: c.score)
         return Choice(best.worker, tuple(candidates), f"better of {one.worker} and {two.worker}")
+
+
+class LeastViolation(LeastLoaded):
+    """The lowest score, where a score puts predicted violations before load (see `coordinator.sla`)."""
+
+    reason = "least predicted violation, then load"
 
 
 class RoundRobin:
@@ -88,6 +105,8 @@ def make_policy(name: RoutingPolicy, seed: str) -> Policy:
             return PowerOfTwo(random.Random(seed))
         case RoutingPolicy.LEAST_LOADED:
             return LeastLoaded()
+        case RoutingPolicy.SLA:
+            return LeastViolation()
         case RoutingPolicy.ROUND_ROBIN:
             return RoundRobin()
         case RoutingPolicy.RANDOM:

@@ -37,6 +37,9 @@ class Report:
     """Moves to another decode worker, with its KV."""
     ttft_target_s: float | None = None
     tpot_target_s: float | None = None
+    predicted_ttft_s: float | None = None
+    predicted_tpot_s: float | None = None
+    """As predicted when it was placed first."""
     placement: str = ""
     """Why these workers: candidates and scores of the last placement."""
 

@@ -158,6 +158,7 @@ def _registry_settings(config: ServeConfig) -> RegistrySettings:
     return RegistrySettings(
         max_queued_requests=config.coordinator.max_queued_requests,
         max_attempts=config.coordinator.max_attempts,
+        admission=config.coordinator.admission,
         lease_s=config.transfer.lease_s,
         transfer_deadline_s=config.transfer.deadline_s,
     )

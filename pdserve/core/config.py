@@ -35,6 +35,15 @@ class RoutingPolicy(StrEnum):
     LEAST_LOADED = "least_loaded"
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
+    SLA = "sla"
+
+
+class Admission(StrEnum):
+    """Which requests are refused at once because no placement can serve them in time."""
+
+    OFF = "off"
+    DEADLINE = "deadline"
+    TTFT = "ttft"
 
 
 class TransferBackendName(StrEnum):
@@ -108,6 +117,11 @@ def _on_or_off(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _off(value: object) -> object:
+    """YAML reads `off` as a truth value."""
+    return "off" if value is False else value
+
+
 def _ucx_names(options: dict[str, str]) -> dict[str, str]:
     """UCX passes over names it does not know, so the likely slips are caught here."""
     for name in options:
@@ -147,6 +161,9 @@ class CoordinatorSettings(_Frozen):
     """Prometheus; 0 picks a free port, shown at start."""
     policy: RoutingPolicy = RoutingPolicy.POWER_OF_TWO
     """How a request's workers are chosen."""
+    admission: Annotated[Admission, BeforeValidator(_off)] = Admission.DEADLINE
+    """With policy sla: refuse at once, with RESOURCE_EXHAUSTED and when to come back, a request whose first
+    token cannot come before its deadline (or its TTFT target), whoever serves it."""
     max_queued_requests: PositiveInt = 1024
     """More than this many waiting are refused with RESOURCE_EXHAUSTED."""
     max_message_mib: PositiveInt = 16
