@@ -143,6 +143,8 @@ class Scenario(Frozen):
     """With `rates`: how often every system has its turn at each."""
     duration_s: float = Field(default=15.0, gt=0)
     """Of one trial's arrivals."""
+    min_requests: int = Field(default=30, ge=1)
+    """A trial at a low rate goes on until it has about so many, at most three times its duration."""
     warmup_s: float = Field(default=2.0, ge=0)
     """Arrivals before it, which are not counted."""
     drain_s: float = Field(default=10.0, gt=0)

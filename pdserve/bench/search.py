@@ -145,6 +145,8 @@ class GoodputSearch:
             )
             crossings.append(at.rate if at.rate is not None else (0.0 if at.below else math.inf))
         low, high = (float(np.quantile(crossings, q, method="nearest")) for q in (0.025, 0.975))
+        if found.rate is not None:
+            low, high = min(low, found.rate), max(high, found.rate)
         return Goodput(
             attainment=attainment,
             rate=found.rate,

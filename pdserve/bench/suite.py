@@ -22,6 +22,8 @@ from pdserve.core.errors import PdServeError
 
 COMMON_ROUND: Final = 1_000_000
 """The round number of the last trials of a search, at one rate for all systems."""
+MAX_STRETCH: Final = 3.0
+"""A trial is at most so many times as long as the scenario says."""
 _WARM_UP_S: Final = 3.0
 _WARM_UP_SEED: Final = 999_983
 
@@ -123,7 +125,7 @@ class _Measurement:
 
     async def sweep(self) -> None:
         """Every rate in every round, every system at each."""
-        searches = {server.spec.name: GoodputSearch(self._scenario.search) for server in self._servers}
+        searches = {result.name: GoodputSearch(self._scenario.search) for result in self._run.systems}
         for round in range(self._scenario.rounds):
             for rate in self._scenario.rates:
                 for server in self._turns(round):
@@ -134,7 +136,7 @@ class _Measurement:
 
     async def search(self) -> None:
         """Each system's own search, a trial each in turn; then all at one rate."""
-        searches = {server.spec.name: GoodputSearch(self._scenario.search) for server in self._servers}
+        searches = {result.name: GoodputSearch(self._scenario.search) for result in self._run.systems}
         tried: dict[tuple[str, float], int] = {}
         for turn in range(1_000_000):
             asked = False
@@ -178,7 +180,7 @@ class _Measurement:
         self, server: Server, rate: float, round: int, *, scenario: Scenario | None = None, keep: bool = True
     ) -> Trial | None:
         """None when the system failed altogether; it is left out then."""
-        scenario = scenario or self._scenario
+        scenario = scenario or self._long_enough(rate)
         name = server.spec.name
         workload = build_workload(scenario, rate, round, self._limits, trace=self._trace)
         self._observer.trial_began(name, rate, sum(len(s.turns) for s in workload.sessions))
@@ -202,6 +204,12 @@ class _Measurement:
             next(result for result in self._run.systems if result.name == name).failed = gone
             return None
         return trial
+
+    def _long_enough(self, rate: float) -> Scenario:
+        """A slow rate takes longer to show anything: at least `min_requests`, within bounds."""
+        scenario = self._scenario
+        needed_s = min(scenario.min_requests / rate, MAX_STRETCH * scenario.duration_s)
+        return scenario.model_copy(update={"duration_s": max(scenario.duration_s, needed_s)})
 
     async def _why_gone(self, server: Server, trial: Trial) -> str:
         """Why no request got an answer, when the server does not even say its models any more."""

@@ -62,6 +62,7 @@ def bench(
     goal: Annotated[float | None, typer.Option(help="Part of requests inside targets to search for.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed sends the same requests.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = DEFAULT_OUT,
+    png: Annotated[bool, typer.Option(help="PNG files of the plots too, with matplotlib.")] = True,
 ) -> None:
     """Find the highest rate with 90/95/99% of requests inside their targets, and write a report.
 
@@ -86,7 +87,7 @@ def bench(
     chosen = parse_scenario(
         _given(base.model_dump(exclude_unset=True), **changes), str(scenario or "options")
     )
-    run = _run(chosen, out)
+    run = _run(chosen, out, png=png)
     if any(system.failed for system in run.systems):
         raise typer.Exit(1)
 
@@ -136,7 +137,7 @@ def compare_command(
     raise typer.Exit(1 if found.regressed else 0)
 
 
-def _run(scenario: Scenario, out: Path) -> Run:
+def _run(scenario: Scenario, out: Path, *, png: bool) -> Run:
     from pdserve.bench.report.html import headlines
     from pdserve.bench.report.tables import tables_of
     from pdserve.bench.report.write import write_report
@@ -159,7 +160,7 @@ def _run(scenario: Scenario, out: Path) -> Run:
         run = asyncio.run(main())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
-    written = write_report(run, out)
+    written = write_report(run, out, png=png)
     for figures in tables_of(run)[:_ON_TERMINAL]:
         _print(figures)
     for line in headlines(run):
@@ -219,7 +220,7 @@ class Display:
 def _print(figures: Figures) -> None:
     table = Table(title=figures.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in figures.head:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for row in figures.rows:
         table.add_row(*map(escape, row))
     OUT.print(table)

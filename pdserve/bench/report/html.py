@@ -78,7 +78,7 @@ def headlines(run: Run) -> list[str]:
     for system in run.systems:
         found = next((g for g in system.goodputs if g.attainment == goal), None)
         if system.failed:
-            said.append(f"{system.name} failed.")
+            said.append(f"{system.name} failed: {system.failed}.")
         elif found is None or not system.points:
             said.append(f"{system.name} was not measured.")
         elif found.rate is not None:

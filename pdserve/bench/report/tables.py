@@ -41,7 +41,7 @@ def goodput_table(run: Run) -> Table:
     rows = []
     for system in run.systems:
         if system.failed:
-            rows.append([system.name, "failed", system.failed, *[""] * 4])
+            rows.append([system.name, "failed", *[""] * 5])
         for goodput in system.goodputs:
             cost = cost_of(run, system, goodput)
             rows.append(
@@ -63,13 +63,13 @@ def goodput_table(run: Run) -> Table:
             "requests/s",
             "95% interval",
             "per unit",
-            "per 1M output tokens",
+            "per 1M tokens",
             "price per 1M",
         ),
         rows=rows,
         note=(
             "The interval comes from resampling the trials; an open end lies beyond the rates tried. "
-            "Prices appear when the scenario gives price_per_unit_hour."
+            "Tokens are output tokens. Prices appear when the scenario gives price_per_unit_hour."
         ),
     )
 
@@ -202,7 +202,7 @@ def _together(trials: Sequence[Trial]) -> Summary:
 
 
 def _per_unit(value: float | None, system: SystemResult) -> str:
-    return "-" if value is None else f"{value:.3g} per {system.unit}"
+    return "-" if value is None else f"{value:.3g}/{system.unit}"
 
 
 def _figure(value: float | None, unit: str = "") -> str:

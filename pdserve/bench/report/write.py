@@ -11,7 +11,7 @@ from pdserve.bench.report.png import is_available, write_pngs
 from pdserve.bench.suite import Run
 
 
-def write_report(run: Run, out: Path) -> list[Path]:
+def write_report(run: Run, out: Path, *, png: bool = True) -> list[Path]:
     """Returns what was written: the page first. PNGs only where matplotlib is installed."""
     out.mkdir(parents=True, exist_ok=True)
     charts = charts_of(run)
@@ -19,5 +19,5 @@ def write_report(run: Run, out: Path) -> list[Path]:
     write_json(run, results)
     write_csv(run, requests)
     write_html(run, page, charts=charts)
-    pngs = write_pngs(charts, out / "png") if is_available() else []
+    pngs = write_pngs(charts, out / "png") if png and is_available() else []
     return [page, results, requests, *pngs]
