@@ -63,7 +63,7 @@ class Dispatcher:
         self._idle.set()
         self._loop = asyncio.get_running_loop()
         self._tick_s = min(TICK_S, heartbeat_timeout_s / 4)
-        self._timer = self._loop.call_later(self._tick_s, self._tick)
+        self._set_timer(self._loop.time() + self._tick_s)
 
     def now(self) -> float:
         return self._loop.time()
@@ -182,18 +182,23 @@ class Dispatcher:
 
     def _tick(self) -> None:
         now = self._loop.time()
-        self._drop_silent(now, late_s=now - self._timer.when())
+        self._drop_silent(now, late_s=now - self._due)
         self.handle(Tick())
         self._metrics.observe_fleet(self.registry.fleet)
         self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)
-        self._timer = self._loop.call_at(self._next_tick(), self._tick)
+        self._set_timer(self._next_tick())
+
+    def _set_timer(self, due: float) -> None:
+        # Remembered here: uvloop's handle of a call that is due at once has no when().
+        self._due = due
+        self._timer: asyncio.Handle = self._loop.call_at(due, self._tick)
 
     def _arm(self) -> None:
         """Tick earlier, where a new request wants it."""
         wanted = self._next_tick()
-        if wanted < self._timer.when():
+        if wanted < self._due:
             self._timer.cancel()
-            self._timer = self._loop.call_at(wanted, self._tick)
+            self._set_timer(wanted)
 
     def _next_tick(self) -> float:
         now = self._loop.time()
