@@ -51,11 +51,16 @@ class Dispatcher:
         metrics: Metrics,
         *,
         heartbeat_timeout_s: float,
+        step_timeout_s: float,
         on_workers_changed: Callable[[], None],
+        on_connection_lost: Callable[[WorkerInfo], None],
     ) -> None:
+        """on_connection_lost: the worker was not silent, and its process may well live."""
         self.registry: Final = registry
         self._metrics = metrics
-        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._heartbeat_timeout_s, self._step_timeout_s = heartbeat_timeout_s, step_timeout_s
+        self._on_connection_lost = on_connection_lost
+        self._ticked = asyncio.Event()
         self._on_workers_changed = on_workers_changed
         self._links: dict[WorkerId, WorkerLink] = {}
         self._streams: dict[RequestId, RequestStream] = {}
@@ -96,7 +101,7 @@ class Dispatcher:
         old = self._links.pop(info.worker, None)
         if old is not None:
             old.abort()
-        link = WorkerLink(channel, info, now=self.now(), on_batch=self._received, on_end=self._disconnected)
+        link = WorkerLink(channel, info, now=self.now(), on_batch=self._received, on_end=self._link_ended)
         self._links[info.worker] = link
         self.handle(WorkerJoined(info=info, model=model))
         self._received(link, rest)
@@ -121,9 +126,18 @@ class Dispatcher:
                     link, f"it sent a {type(message).__name__}, which is not a worker's to send"
                 )
                 return
+            if isinstance(message, Heartbeat) and message.step_age_s > self._step_timeout_s:
+                self._disconnected(link, f"it hangs: a step has lasted {message.step_age_s:.1f} s")
+                return
             if isinstance(message, Refused):
                 self._metrics.refusals.labels(link.info.worker, message.reason.value).inc()
             self.handle(FromWorker(worker=link.info.worker, epoch=link.info.epoch, message=message))
+
+    def _link_ended(self, link: WorkerLink, why: str) -> None:
+        known = self._links.get(link.info.worker) is link
+        self._disconnected(link, why)
+        if known:
+            self._on_connection_lost(link.info)
 
     def _disconnected(self, link: WorkerLink, why: str) -> None:
         link.abort()
@@ -187,6 +201,12 @@ class Dispatcher:
         self._metrics.observe_fleet(self.registry.fleet)
         self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)
         self._set_timer(self._next_tick())
+        ticked, self._ticked = self._ticked, asyncio.Event()
+        ticked.set()
+
+    async def ticked(self) -> None:
+        """Wait for the next tick: a quarter of a second at most."""
+        await self._ticked.wait()
 
     def _set_timer(self, due: float) -> None:
         # Remembered here: uvloop's handle of a call that is due at once has no when().

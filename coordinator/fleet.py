@@ -26,6 +26,8 @@ class WorkerState:
     """When its requests start over elsewhere, on the registry's clock."""
     met: set[tuple[WorkerId, int]] = field(default_factory=set)
     """Decode workers, with their epochs, that this one was introduced to for a move."""
+    num_heard: int = 0
+    """Heartbeats."""
     redialling: bool = False
     """Its connection ended, and is being made again."""
     up: bool = True
@@ -121,6 +123,7 @@ class WorkerState:
         return counts is not None and counts.free + counts.cached == counts.total and not self.blocks_placed
 
     def heard(self, beat: Heartbeat) -> None:
+        self.num_heard += 1
         self.heartbeat = beat
         self.draining = beat.draining or self.drain_asked
         if beat.tokens_per_s > 0:

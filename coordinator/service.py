@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # `health.aio`, which the stubs do not know
 from grpc_reflection.v1alpha import reflection
 
+from coordinator.admin import SERVICE as ADMIN_SERVICE
+from coordinator.admin import Admin
 from coordinator.book import RegistrySettings
 from coordinator.dispatcher import Dispatcher
+from coordinator.fleet import WorkerState
 from coordinator.gateway import SERVICE, Gateway, GatewaySettings
 from coordinator.metrics import Metrics
 from coordinator.metrics_server import MetricsServer
@@ -25,13 +29,16 @@ from coordinator.router import Router
 from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
 from coordinator.workers import dial
 from pdserve.core.config import CoordinatorSettings, ServeConfig
-from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound
+from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound, ProtocolError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role, WorkerInfo
 from pdserve.core.sampling import SamplingLimits
 
+log = logging.getLogger(__name__)
+
 _TOKENISER_THREADS: Final = 2
 _MIB: Final = 2**20
+_FIRST_REDIAL_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,8 @@ class Coordinator:
         self._tokenisers = ThreadPoolExecutor(_TOKENISER_THREADS, thread_name_prefix="tokenise")
         self._health = HealthServicer()
         self._running: _Running | None = None
+        self._addresses: dict[WorkerId, tuple[str, str]] = {}
+        """Where each worker listens, and its model."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Endpoints:
@@ -70,10 +79,12 @@ class Coordinator:
             Registry(_registry_settings(self._config), Router(settings.policy, self._config.seed)),
             self._metrics,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
+            step_timeout_s=settings.step_timeout_s,
+            on_connection_lost=self._connection_lost,
             on_workers_changed=self._workers_changed,
         )
         gateway = Gateway(dispatcher, models, _gateway_settings(settings), self._metrics, self._tokenisers)
-        server, port = _listen(settings, gateway, self._health)
+        server, port = _listen(settings, gateway, Admin(dispatcher), self._health)
         metrics_server = _serve_metrics(settings, self._metrics)
         self._running = _Running(dispatcher, server, metrics_server)
         await server.start()
@@ -96,6 +107,7 @@ class Coordinator:
         except FingerprintMismatch:
             channel.abort()
             raise
+        self._addresses[info.worker] = (address, name)
         running.dispatcher.worker_joined(channel, info, name, rest)
         return info
 
@@ -119,9 +131,42 @@ class Coordinator:
         return take_snapshot(self._require_running().dispatcher.registry)
 
     def _workers_changed(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._update_health())
+        self._start(self._update_health())
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _connection_lost(self, info: WorkerInfo) -> None:
+        """Try again: the process may well live. Until that has failed, nobody needs to end it."""
+        state = None if self._running is None else self._running.dispatcher.registry.fleet.get(info.worker)
+        if state is not None and info.worker in self._addresses:
+            state.redialling = True
+            self._start(self._redial(state, *self._addresses[info.worker]))
+
+    async def _redial(self, state: WorkerState, address: str, model: str) -> None:
+        deadline = asyncio.get_running_loop().time() + self._config.coordinator.heartbeat_timeout_s
+        pause_s = _FIRST_REDIAL_S
+        while self._running is not None and asyncio.get_running_loop().time() < deadline:
+            running = self._running
+            if running.dispatcher.registry.fleet.get(state.id) is not state or state.up:
+                return  # its process has ended, or somebody was faster
+            try:
+                left_s = max(deadline - asyncio.get_running_loop().time(), 0.01)
+                channel, info, rest = await dial(address, sender="coordinator", timeout_s=left_s)
+            except (WorkerLost, ProtocolError) as error:
+                log.warning("worker %s does not answer again: %s", state.id, error)
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+                continue
+            current = running.dispatcher.registry.fleet.get(state.id) is state
+            if self._running is running and current and info.epoch == state.info.epoch:
+                running.dispatcher.worker_joined(channel, info, model, rest)
+            else:
+                channel.abort()
+            return
+        state.redialling = False
 
     async def _update_health(self) -> None:
         """Serving: a decode worker is up. Models by name; the whole server when every model is."""
@@ -161,6 +206,7 @@ def _registry_settings(config: ServeConfig) -> RegistrySettings:
         admission=config.coordinator.admission,
         lease_s=config.transfer.lease_s,
         transfer_deadline_s=config.transfer.deadline_s,
+        drain_timeout_s=config.coordinator.drain_timeout_s,
     )
 
 
@@ -174,7 +220,7 @@ def _gateway_settings(settings: CoordinatorSettings) -> GatewaySettings:
 
 
 def _listen(
-    settings: CoordinatorSettings, gateway: Gateway, health_servicer: HealthServicer
+    settings: CoordinatorSettings, gateway: Gateway, admin: Admin, health_servicer: HealthServicer
 ) -> tuple[grpc.aio.Server, int]:
     server = grpc.aio.server(
         options=[
@@ -186,9 +232,11 @@ def _listen(
             ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ]
     )
-    server.add_generic_rpc_handlers((gateway.handler(),))
+    server.add_generic_rpc_handlers((gateway.handler(), admin.handler()))
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(
+        (SERVICE, ADMIN_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
     try:
         return server, server.add_insecure_port(f"{settings.host}:{settings.port}")
     except RuntimeError as error:

@@ -18,6 +18,8 @@ class WorkerSnapshot:
     epoch: int
     up: bool
     """False: silent or disconnected; its process has not been seen to end."""
+    redialling: bool
+    """Its connection ended, and is being made again."""
     draining: bool
     placed: int
     """Attempts that hold a place here."""
@@ -44,6 +46,7 @@ def take_snapshot(registry: Registry) -> CoordinatorSnapshot:
             model=worker.model,
             epoch=worker.info.epoch,
             up=worker.up,
+            redialling=worker.redialling,
             draining=worker.draining,
             placed=len(worker.blocks_placed) if worker.info.role is Role.DECODE else len(worker.prefill_left),
             heartbeat=worker.heartbeat,

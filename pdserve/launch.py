@@ -303,4 +303,7 @@ class _CoordinatorRegistry:
         await self.coordinator.remove_worker(worker, why)
 
     def is_up(self, worker: WorkerId) -> bool:
-        return any(entry.id == worker and entry.up for entry in self.coordinator.snapshot().workers)
+        return any(
+            entry.id == worker and (entry.up or entry.redialling)
+            for entry in self.coordinator.snapshot().workers
+        )

@@ -19,6 +19,7 @@ from pdserve.cli.configuration import config_app
 from pdserve.cli.console import ERR, fail
 from pdserve.cli.demo import demo
 from pdserve.cli.doctor import doctor
+from pdserve.cli.drain import drain
 from pdserve.cli.generate import generate
 from pdserve.cli.models import models_app
 from pdserve.cli.serve import serve
@@ -44,6 +45,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(demo)
 app.command()(doctor)
+app.command()(drain)
 app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")

@@ -172,6 +172,10 @@ class CoordinatorSettings(_Frozen):
     """A request whose workers die this often fails."""
     heartbeat_timeout_s: Seconds = 5.0
     """A worker silent for this long is dead, even if its process lives."""
+    step_timeout_s: Seconds = 300.0
+    """A worker whose step lasts this long hangs, though it gives signs of life: it is replaced."""
+    drain_timeout_s: Seconds = 120.0
+    """Requests of a drained decode worker that found no room elsewhere by then start over elsewhere."""
     default_max_tokens: PositiveInt = 256
     """Longest answer of a request that does not say."""
     default_timeout_s: Seconds = 600.0

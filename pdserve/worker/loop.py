@@ -9,6 +9,7 @@ It sleeps only in the inbox, until an event or the scheduler's next wake-up; it 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -124,21 +125,27 @@ class ComputeLoop:
         self._published = threading.Condition()
         self._beat = role.scheduler.heartbeat()
         self._stopped = False
+        self._tick_began: float | None = None
 
     def run(self) -> None:
         """Return after `Inbox.stop`; raise what broke the loop."""
         busy = False
         while not self._stopped:
             self._drain(wait=not busy)
+            self._tick_began = self._clock()
             self._perform(self._role.scheduler.sweep(self._clock()))
             self._flush()
             busy = not self._stopped and self._step()
             self._flush()
+            self._tick_began = None
             self._publish()
 
     def heartbeat(self) -> Heartbeat:
-        """The state after the latest tick."""
-        return self._beat
+        """The state after the latest tick, and how long the one under way has lasted."""
+        began = self._tick_began
+        if began is None:
+            return self._beat
+        return dataclasses.replace(self._beat, step_age_s=self._clock() - began)
 
     def wait_for(self, condition: Callable[[Heartbeat], bool], timeout_s: float) -> Heartbeat:
         """The first published state that meets `condition`. Raises TimeoutError with the last one."""

@@ -15,6 +15,10 @@ def test_generating_the_stubs_again_changes_nothing(tmp_path: Path) -> None:
     generator.generate(tmp_path)
     made = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert [path.name for path in made] == [
+        "admin_pb2.py",
+        "admin_pb2.pyi",
+        "admin_pb2_grpc.py",
+        "admin_pb2_grpc.pyi",
         "generation_pb2.py",
         "generation_pb2.pyi",
         "generation_pb2_grpc.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class ScriptedWorker:
         self.hub = hub
         self.address = ""
         self._muted = False
+        self._step_age_s = 0.0
         self._channel: Channel | None = None
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -50,6 +52,16 @@ class ScriptedWorker:
         if self._server is not None:
             self._server.close()
         self.hub.workers.pop(self.info.worker, None)
+
+    def cut(self) -> None:
+        """The connection breaks; the process lives and listens."""
+        assert self._channel is not None
+        self._channel.abort()
+        self.model.connection_lost()
+
+    def hang(self, seconds: float) -> None:
+        """It beats on, but its step lasts."""
+        self._step_age_s = seconds
 
     def mute(self) -> None:
         """Neither heartbeats nor answers, but the connection stays."""
@@ -117,8 +129,12 @@ class ScriptedWorker:
             return False
         model = self.model
         if isinstance(model, ModelDecode):
-            busy = model.busy
+            busy = model.busy or bool(model.pushes)
             self.say(model.step())
+            for push in model.pushes:
+                self.hub.land(push.decode, push.attempt, push.first_token, push.before)
+                self.say(model.move_landed(push.attempt))
+            model.pushes.clear()
             return busy
         busy = bool(model.readings)
         for attempt in list(model.readings):
@@ -131,7 +147,8 @@ class ScriptedWorker:
     async def _beat(self) -> None:
         while True:
             if not self._muted:
-                self.say([self.model.heartbeat()])
+                beat = dataclasses.replace(self.model.heartbeat(), step_age_s=self._step_age_s)
+                self.say([beat])
             await asyncio.sleep(HEARTBEAT_S)
 
 
@@ -150,12 +167,14 @@ class ScriptedCluster:
         self.workers[worker.info.worker] = worker
         return worker
 
-    def land(self, decode: WorkerId, attempt: AttemptId, first_token: int) -> None:
+    def land(
+        self, decode: WorkerId, attempt: AttemptId, first_token: int, before: Sequence[int] = ()
+    ) -> None:
         worker = self.workers.get(decode)
         if worker is None:
             return
         assert isinstance(worker.model, ModelDecode)
-        worker.say(worker.model.push_landed(attempt, first_token))
+        worker.say(worker.model.push_landed(attempt, first_token, before))
         task = asyncio.get_running_loop().create_task(worker.changed())
         self._landing.add(task)
         task.add_done_callback(self._landing.discard)

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[3]
-SOURCES: Final = ("pdserve/core/proto/pdserve/v1/generation.proto",)
+SOURCES: Final = (
+    "pdserve/core/proto/pdserve/v1/admin.proto",
+    "pdserve/core/proto/pdserve/v1/generation.proto",
+)
 
 
 def generate(out: Path) -> None:

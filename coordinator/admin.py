@@ -1,0 +1,75 @@
+"""The operators' gRPC service: `pdserve.v1.Admin`."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import grpc
+
+from coordinator.dispatcher import Dispatcher
+from coordinator.events import DrainWorker
+from coordinator.fleet import WorkerState
+from coordinator.wire import status_of
+from pdserve.core.errors import InvalidRequest, PdServeError, WorkerLost
+from pdserve.core.ids import WorkerId
+from pdserve.core.proto.pdserve.v1 import admin_pb2 as pb
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["Admin"].full_name
+
+Context = grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainStatus]
+
+
+class Admin:
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def handler(self) -> grpc.GenericRpcHandler[object, object]:
+        """The service, for a grpc.aio server."""
+        drain = grpc.unary_stream_rpc_method_handler(
+            self.drain, pb.DrainRequest.FromString, pb.DrainStatus.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Drain": drain})
+
+    async def drain(self, request: pb.DrainRequest, context: Context) -> None:
+        try:
+            await self._drain(request, context)
+        except PdServeError as error:
+            code, details, metadata = status_of(error)
+            await context.abort(code, details, metadata)
+
+    async def _drain(self, request: pb.DrainRequest, context: Context) -> None:
+        state = self._find(request.worker)
+        timeout_s = request.timeout_s if request.HasField("timeout_s") else None
+        if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s >= 0):
+            raise InvalidRequest(field="timeout_s", value=timeout_s, limit="0 or more seconds")
+        self._dispatcher.handle(DrainWorker(worker=state.id, timeout_s=timeout_s))
+        asked_at, told = state.num_heard, -1
+        while True:
+            # Its own counts are worth something once it has heard of the drain.
+            left = self._left(state, counts_hold=state.num_heard > asked_at + 1)
+            if left != told:
+                await context.write(pb.DrainStatus(requests_left=left, drained=left == 0))
+                told = left
+            if left == 0:
+                return
+            await self._dispatcher.ticked()
+
+    def _find(self, name: str) -> WorkerState:
+        fleet = self._dispatcher.registry.fleet
+        state = fleet.up(WorkerId(name))
+        if state is None:
+            known = ", ".join(sorted(worker.id for worker in fleet if worker.up)) or "none is up"
+            raise InvalidRequest(field="worker", value=name, limit=f"a worker that is up: {known}")
+        return state
+
+    def _left(self, state: WorkerState, *, counts_hold: bool) -> int:
+        """Attempts placed there, or what it says itself that it holds."""
+        if self._dispatcher.registry.fleet.up(state.id, state.info.epoch) is not state:
+            raise WorkerLost(state.id, "it went away while it was drained")
+        placed = len(state.blocks_placed.keys() | state.prefill_left.keys())
+        beat = state.heartbeat
+        if not counts_hold or beat is None:
+            return max(placed, 1)
+        held = beat.blocks.held + beat.blocks.quarantined
+        return max(placed, beat.running + beat.waiting, min(held, 1))
