@@ -28,6 +28,7 @@ from pdserve.core.config import CacheSettings, ServeConfig
 from pdserve.core.errors import CheckpointError, ConfigError, PdServeError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
+from pdserve.worker.cores import CoreShare
 from pdserve.worker.hosting import HostedWorker, NotStarted, Progress, Started, StartStep
 from pdserve.worker.spec import WorkerSpec
 from prefill.actor import PrefillActor
@@ -117,11 +118,29 @@ class RayHost:
             listen=self._listen(slot, epoch),
             device="cuda:0" if self._plan.uses_gpus else "cpu",
             num_threads=None if self._plan.uses_gpus else max(1, len(self._pinned[slot.worker])),
+            core_share=self._core_share(slot),
         )
+
+    def _core_share(self, slot: WorkerSlot) -> CoreShare | None:
+        """None on GPUs, and where workers are on other machines than the board."""
+        if self._plan.uses_gpus or not self._config.cluster.lend_cores or not self._all_here():
+            return None
+        indexed = [(index, other.worker) for index, other in enumerate(self._plan.slots)]
+        return CoreShare(
+            board=self._session.run_dir.path / "cores",
+            index=next(index for index, worker in indexed if worker == slot.worker),
+            cores=self._pinned[slot.worker],
+            others=tuple((index, self._pinned[worker]) for index, worker in indexed if worker != slot.worker),
+            # A decode step is bound by memory, which one core nearly fills.
+            borrows=slot.role is Role.PREFILL,
+        )
+
+    def _all_here(self) -> bool:
+        return set(self._node_of.values()) == {self._session.node_id}
 
     def _listen(self, slot: WorkerSlot, epoch: int) -> str:
         """A unix socket while every worker is on our own machine, else TCP on the worker's address."""
-        if set(self._node_of.values()) == {self._session.node_id}:
+        if self._all_here():
             return f"unix:{self._session.run_dir.path}/{slot.worker}.{epoch}.sock"
         hosts = {node.id: node.host for node in self._session.nodes()}
         return f"tcp:{hosts[self._node_of[slot.worker]]}:0"

@@ -12,7 +12,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -82,7 +82,11 @@ class HostedWorker(ABC):
     def start(self) -> Iterator[StartStep]:
         """Load the model and begin to listen; yields `Progress`, then `Started` or `NotStarted`."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
         cores = pin_process(self._core_slots)
+        if self._spec.core_share is not None:
+            share = self._spec.core_share.among(allowed) if cores else None
+            self._spec = replace(self._spec, core_share=share)
         steps: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
         failure: list[BaseException] = []
 

@@ -20,6 +20,7 @@ from typing import Final, Protocol, assert_never
 from pdserve.core.errors import InvariantViolated
 from pdserve.core.ids import AttemptId
 from pdserve.core.messages import Heartbeat, Message
+from pdserve.worker.cores import CoreLender
 from pdserve.worker.events import (
     Action,
     Actions,
@@ -117,10 +118,11 @@ class ComputeLoop:
         host: WorkerHost,
         transfer: TransferPort,
         inbox: Inbox,
+        lender: CoreLender | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._role, self._host, self._transfer = role, host, transfer
-        self._inbox, self._clock = inbox, clock
+        self._inbox, self._lender, self._clock = inbox, lender, clock
         self._outgoing: dict[OwnerId, list[Message]] = {}
         self._published = threading.Condition()
         self._beat = role.scheduler.heartbeat()
@@ -129,6 +131,13 @@ class ComputeLoop:
 
     def run(self) -> None:
         """Return after `Inbox.stop`; raise what broke the loop."""
+        try:
+            self._run()
+        finally:
+            if self._lender is not None:
+                self._lender.leave()
+
+    def _run(self) -> None:
         busy = False
         while not self._stopped:
             self._drain(wait=not busy)
@@ -136,6 +145,8 @@ class ComputeLoop:
             self._perform(self._role.scheduler.sweep(self._clock()))
             self._flush()
             busy = not self._stopped and self._step()
+            if not busy and self._lender is not None:
+                self._lender.leave()
             self._flush()
             self._tick_began = None
             self._publish()
@@ -184,6 +195,8 @@ class ComputeLoop:
             return actions
 
     def _step(self) -> bool:
+        if self._lender is not None:
+            self._lender.enter()
         try:
             return self._role.step(self._perform)
         except InvariantViolated:

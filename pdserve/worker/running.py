@@ -20,6 +20,7 @@ from pdserve.core.errors import ConfigError, InvariantViolated
 from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.engine.build import build_engine
 from pdserve.models.ops import Workload
+from pdserve.worker.cores import CoreLender
 from pdserve.worker.host import WorkerHost
 from pdserve.worker.loop import ComputeLoop, Inbox, Role
 from pdserve.worker.ports import BackendFactory, EnginePort, PoolPort, TransferPort
@@ -117,7 +118,8 @@ def launch(
             heartbeat=lambda: loops[0].heartbeat(),
             heartbeat_s=spec.config.cluster.heartbeat_s,
         )
-        loops.append(ComputeLoop(role=role, host=host, transfer=transfer, inbox=inbox))
+        lender = None if spec.core_share is None else CoreLender(spec.core_share, torch.set_num_threads)
+        loops.append(ComputeLoop(role=role, host=host, transfer=transfer, inbox=inbox, lender=lender))
         address = host.start(spec.listen)
         undo.pop_all()
     return RunningWorker(

@@ -8,6 +8,7 @@ from pathlib import Path
 from pdserve.core.config import ServeConfig
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
+from pdserve.worker.cores import CoreShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,3 +26,5 @@ class WorkerSpec:
     device: str = "cpu"
     num_threads: int | None = None
     """Compute threads; None leaves the choice to torch."""
+    core_share: CoreShare | None = None
+    """How it lends and borrows cores; None: it does neither."""

@@ -51,6 +51,7 @@ cluster.address                  text                = `local`
 cluster.accelerator_type         text or nothing     = nothing
 cluster.gpus_per_worker          number or nothing   = nothing
 cluster.cpus_per_worker          integer or nothing  = nothing
+cluster.lend_cores               true or false       = `true`
 cluster.dashboard                true or false       = `true`
 cluster.dashboard_port           integer             = `8265`
 cluster.heartbeat_s              number              = `0.5`

@@ -1,0 +1,98 @@
+"""Cores that the CPU workers of one machine lend each other while they have nothing to compute.
+
+Every worker pins cores of its own, so that prefill and decode do not slow each other. But a prompt that comes
+when nobody decodes would be read with half the machine idle. So each worker says on a board whether it has
+work, and a worker that may borrow adds the cores of those that have none, step by step: the most that a
+lender waits for its cores is one step of the borrower.
+
+The board is a mapped file with one byte per worker, 1 from the moment a worker has something to compute until
+it has nothing left. A worker that died while busy lends nothing until its successor starts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+_IDLE: Final = 0
+_BUSY: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreShare:
+    """One worker's place on the board, and whose cores are whose."""
+
+    board: Path
+    index: int
+    cores: tuple[int, ...]
+    others: tuple[tuple[int, tuple[int, ...]], ...]
+    """(index, cores) of every other worker of this machine."""
+    borrows: bool
+
+    def among(self, allowed: Iterable[int]) -> CoreShare:
+        """The same, when the numbers of cores were indices into `allowed`, wrapped around."""
+        real = sorted(allowed)
+
+        def cores(slots: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(sorted({real[slot % len(real)] for slot in slots}))
+
+        others = tuple((index, cores(slots)) for index, slots in self.others)
+        return replace(self, cores=cores(self.cores), others=others)
+
+
+class CoreLender:
+    """Used by the compute thread alone: `enter` before each step, `leave` when there is nothing to compute.
+
+    `use` is told the number of threads whenever it changes; affinity is set for the calling thread, from
+    which the threads of its matrix products inherit it.
+    """
+
+    def __init__(self, share: CoreShare, use: Callable[[int], None]) -> None:
+        """Raises OSError when the board cannot be mapped."""
+        self._share, self._use = share, use
+        self._own = frozenset(share.cores)
+        self._others = [(index, frozenset(cores)) for index, cores in share.others]
+        self._board = _map_board(share.board, 1 + max([share.index, *(index for index, _ in self._others)]))
+        self._board[share.index] = _IDLE
+        self._using = self._own
+
+    def enter(self) -> None:
+        """There is something to compute: take back what is lent, and borrow what is free now."""
+        self._board[self._share.index] = _BUSY
+        wanted = self._own | self._free() if self._share.borrows else self._own
+        if wanted != self._using:
+            os.sched_setaffinity(0, wanted)
+            self._use(len(wanted))
+            self._using = wanted
+
+    def leave(self) -> None:
+        """There is nothing to compute: others may use our cores."""
+        self._board[self._share.index] = _IDLE
+
+    def close(self) -> None:
+        self._board.close()
+
+    def _free(self) -> frozenset[int]:
+        """Cores of which every owner is idle."""
+        idle: frozenset[int] = frozenset()
+        busy: frozenset[int] = frozenset()
+        for index, cores in self._others:
+            if self._board[index] == _BUSY:
+                busy |= cores
+            else:
+                idle |= cores
+        return idle - busy - self._own
+
+
+def _map_board(path: Path, size: int) -> mmap.mmap:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if os.fstat(fd).st_size < size:
+            os.ftruncate(fd, size)
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)
