@@ -1,6 +1,6 @@
-"""Projections on a CPU: which product is fastest for which weight and batch, losslessly.
+"""Projections on a CPU: which product is fastest for which weight and batch.
 
-Activations are float32. Three ways to multiply, each exact in its weights:
+Activations are float32. Four ways to multiply, all but the last exact in their weights:
 
 - plain: float32 weights and BLAS.
 - packed: bfloat16 weights in oneDNN's own blocked layout; activations are rounded to bfloat16, sums are
@@ -8,6 +8,7 @@ Activations are float32. Three ways to multiply, each exact in its weights:
 - half: float16 weights in fbgemm's layout, float32 activations. Memory-bound products (one to three rows)
   reach the full memory bandwidth, twice what oneDNN reaches. The weights are scaled by a power of two into
   float16's range, and used so only where none of them changes by more than a float32 sum could resolve.
+- int4: weights that a checkpoint stores in 4 bits (`cpu_int4`), for few rows; scales are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pdserve.models.cpu_int4 import Int4Linear, int4_linear
 from pdserve.models.ops import Workload
+from pdserve.models.quantization.integers import IntWeight
 
 FEW_ROWS: Final = 3
 """Up to this many rows the float16 product usually beats oneDNN's bfloat16 one."""
@@ -86,12 +89,15 @@ class HalfLinear:
         return y.mul_(self.scale) if self.bias_O is None else torch.add(self.bias_O, y, alpha=self.scale)
 
 
+Many = HalfLinear | Bfloat16Linear | PackedLinear
+
+
 class BySize:
     """`few` up to `few_rows` rows, `many` above. Starts with a rule of thumb; `choose_products` measures."""
 
-    def __init__(self, few: HalfLinear, many: Bfloat16Linear | PackedLinear) -> None:
-        self._few: HalfLinear | None = few
-        self._many: HalfLinear | Bfloat16Linear | PackedLinear = many
+    def __init__(self, few: HalfLinear | Int4Linear, many: Many) -> None:
+        self._few: HalfLinear | Int4Linear | None = few
+        self._many: Many | Int4Linear = many
         self._few_rows = FEW_ROWS
 
     def __call__(self, x_TI: Tensor) -> Tensor:
@@ -103,6 +109,11 @@ class BySize:
     def shape(self) -> tuple[int, int]:
         """Outputs, inputs."""
         return self._many.shape
+
+    @property
+    def form(self) -> str:
+        """What `few` is, to measure like with like."""
+        return type(self._few).__name__
 
     @property
     def few_rows(self) -> int:
@@ -124,7 +135,7 @@ class BySize:
             self._many, self._few = self._few, None
 
 
-Linear = PlainLinear | Bfloat16Linear | PackedLinear | HalfLinear | BySize
+Linear = PlainLinear | Int4Linear | Bfloat16Linear | PackedLinear | HalfLinear | BySize
 
 
 def make_linear(weight_OI: Tensor, bias_O: Tensor | None, workload: Workload) -> Linear:
@@ -137,16 +148,28 @@ def make_linear(weight_OI: Tensor, bias_O: Tensor | None, workload: Workload) ->
     return many if half is None else BySize(half, many)
 
 
+def make_integer_linear(
+    weight: IntWeight, bias_O: Tensor | None, dtype: torch.dtype, workload: Workload
+) -> Linear:
+    """Multiplied out to dtype for many rows; of few rows in 4 bits, where dtype is one of 16 bits."""
+    plain_OI = weight.dequantised(dtype)
+    few = int4_linear(weight, bias_O) if workload is Workload.ANY and dtype.itemsize == 2 else None
+    if few is None:
+        return make_linear(plain_OI, bias_O, workload)
+    many = make_linear(plain_OI, bias_O, Workload.PREFILL)
+    return BySize(few, many) if isinstance(many, Many) else many
+
+
 def choose_products(linears: Sequence[Linear]) -> None:
-    """Measure, for each shape of weight, up to how many rows the float16 product is the faster one.
+    """Measure, for each shape and form of weight, up to how many rows the one for few is the faster.
 
     Every product is timed over several layers' weights in turn, so that they come from memory as in a step.
     """
-    by_shape: dict[tuple[int, int], list[BySize]] = {}
+    by_shape: dict[tuple[str, tuple[int, int]], list[BySize]] = {}
     for linear in linears:
         if isinstance(linear, BySize):
-            by_shape.setdefault(linear.shape, []).append(linear)
-    for (_, inputs), alike in by_shape.items():
+            by_shape.setdefault((linear.form, linear.shape), []).append(linear)
+    for (_, (_, inputs)), alike in by_shape.items():
         few_rows = 0
         for rows in PROBED_ROWS:
             x = torch.randn(rows, inputs)
@@ -159,7 +182,7 @@ def choose_products(linears: Sequence[Linear]) -> None:
             linear.split_at(few_rows)
 
 
-def _seconds(linear: HalfLinear | Bfloat16Linear | PackedLinear, x_TI: Tensor) -> float:
+def _seconds(linear: Many | Int4Linear, x_TI: Tensor) -> float:
     # Time on the CPU: what other processes take meanwhile does not count.
     start = time.thread_time()
     linear(x_TI)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pdserve.core.ids import BlockId
+from pdserve.models.quantization.integers import IntWeight
 
 
 class Workload(Enum):
@@ -83,6 +84,10 @@ class ModelOps(Protocol):
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         """Prepare a projection. The weight is in the model's dtype, on the CPU or on the device, and may be a
         read-only view of a mapped file; it may be kept or repacked, never written to."""
+        ...
+
+    def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> Linear:
+        """`linear` for a weight that is stored as small integers."""
         ...
 
     def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> Experts:

@@ -21,8 +21,9 @@ from pdserve.models.cpu_attention import (
     write_rows,
 )
 from pdserve.models.cpu_experts import CpuExperts
-from pdserve.models.cpu_linear import Linear, choose_products, make_linear
+from pdserve.models.cpu_linear import Linear, choose_products, make_integer_linear, make_linear
 from pdserve.models.ops import QKNorm, SliceMeta, Workload
+from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import rope_table
 
 
@@ -43,6 +44,12 @@ class CpuOps:
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         made = make_linear(weight_OI, bias_O, self._workload)
+        self._unmeasured.append(made)
+        return made
+
+    def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> Linear:
+        dtype: torch.dtype = getattr(torch, self._config.dtype)
+        made = make_integer_linear(weight, bias_O, dtype, self._workload)
         self._unmeasured.append(made)
         return made
 

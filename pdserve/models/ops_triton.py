@@ -32,6 +32,7 @@ from torch import Tensor
 from pdserve.core.errors import ConfigError
 from pdserve.models.config import ModelConfig
 from pdserve.models.ops import QKNorm, SliceMeta
+from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import inverse_frequencies
 
 Ints = NDArray[np.int32]
@@ -98,6 +99,9 @@ class TritonOps:
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> _Linear:
         return _Linear(self.vector(weight_OI), None if bias_O is None else self.vector(bias_O))
+
+    def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> _Linear:
+        return self.linear(weight.dequantised(self._dtype), bias_O)
 
     def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> _Experts:
         # Each goes to the device as it is read: the host holds one at a time.

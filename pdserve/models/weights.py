@@ -19,6 +19,8 @@ from pdserve.models.llama import LlamaModel
 from pdserve.models.mlp import DenseMlp, Mlp, MoeMlp
 from pdserve.models.moe_weights import expert_weights, router_name
 from pdserve.models.ops import Linear, ModelOps, QKNorm
+from pdserve.models.quantization.integers import IntWeight, stacked
+from pdserve.models.quantization.view import DequantisedView
 
 DUMMY_NUMBERS: Final = 2**20
 PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -166,8 +168,19 @@ class _Loader:
 
     def _fused(self, parts: Sequence[tuple[str, int]], inputs: int, *, biased: bool) -> Linear:
         """One projection made of several, stacked along its outputs."""
-        weights = [self.tensor(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
         bias = None
         if biased:
             bias = torch.cat([self.tensor(f"{name}.bias", (outputs,)) for name, outputs in parts])
+        integers = self._integers(parts, inputs)
+        if integers is not None:
+            return self._ops.integer_linear(integers, bias)
+        weights = [self.tensor(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
         return self._ops.linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
+
+    def _integers(self, parts: Sequence[tuple[str, int]], inputs: int) -> IntWeight | None:
+        """The projection's weight in integers, where all of it is stored so."""
+        if not isinstance(self._source, DequantisedView):
+            return None
+        found = [self._source.integers(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
+        whole = [part for part in found if part is not None]
+        return stacked(whole) if len(whole) == len(found) else None

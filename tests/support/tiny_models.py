@@ -68,6 +68,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral_no_window": lambda: MistralConfig(**_COMMON, sliding_window=None),
     "qwen2_qkv_bias": lambda: Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen2_sliding_window": _qwen_window,
+    "four_bit_sizes": lambda: Qwen2Config(
+        **{**_COMMON, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    ),
     "mixtral": lambda: MixtralConfig(**_COMMON, num_local_experts=6, num_experts_per_tok=2),
     "mixtral_sliding_window": lambda: MixtralConfig(**_COMMON, num_local_experts=4, sliding_window=20),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, **_QWEN3_EXPERTS, norm_topk_prob=True),

@@ -67,6 +67,7 @@ class Awq:
             zeros_GO=_in_order(qzeros),
             scales_GO=scales,
             group_of_I=None,
+            bits=4,
         )
 
 

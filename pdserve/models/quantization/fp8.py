@@ -56,6 +56,9 @@ class Fp8:
             out[part] = weight_OI[part].float() * scale.repeat_interleave(wide, 1)[:, :inputs]
         return out
 
+    def integers(self, stored: StoredTensors, module: str) -> None:
+        """Its weights are no integers."""
+
     def _scale(self, stored: StoredTensors, module: str, outputs: int, inputs: int) -> Tensor:
         """float32 [rows, columns] of factors, each for a rectangle of the weight."""
         names = (f"{module}.weight_scale_inv", f"{module}.weight_scale")

@@ -65,6 +65,7 @@ class Gptq:
             zeros_GO=zeros,
             scales_GO=scales,
             group_of_I=self._group_of_inputs(stored, module, inputs, groups),
+            bits=self.bits,
         )
 
     def _group_of_inputs(self, stored: StoredTensors, module: str, inputs: int, groups: int) -> Tensor | None:

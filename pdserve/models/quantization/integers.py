@@ -5,6 +5,7 @@ Shape legend: O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +28,8 @@ class IntWeight:
     """Floating point, as stored."""
     group_of_I: Tensor | None
     """int64; None where groups are runs of I / G neighbours."""
+    bits: int
+    """Codes and zero points are below 2 ** bits."""
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """[O, I], computed in float32 and rounded once."""
@@ -45,6 +48,22 @@ class IntWeight:
                 codes_CI.sub_(zeros_CG[:, self.group_of_I]).mul_(scales_CG[:, self.group_of_I])
             out[part] = codes_CI
         return out
+
+
+def stacked(parts: Sequence[IntWeight]) -> IntWeight | None:
+    """One weight of several, along the outputs; None where their groups of inputs differ."""
+    first = parts[0]
+    if any(part.group_of_I is not None or part.bits != first.bits for part in parts):
+        return first if len(parts) == 1 else None
+    if any(part.scales_GO.shape[0] != first.scales_GO.shape[0] for part in parts):
+        return None
+    return IntWeight(
+        codes_OI=torch.cat([part.codes_OI for part in parts]),
+        zeros_GO=torch.cat([part.zeros_GO for part in parts], dim=1),
+        scales_GO=torch.cat([part.scales_GO for part in parts], dim=1),
+        group_of_I=None,
+        bits=first.bits,
+    )
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pdserve.models.quantization.integers import IntWeight
+
 
 class StoredTensors(Protocol):
     """The part of `Checkpoint` that a scheme reads from. `get` and the rest raise `MissingTensor`."""
@@ -44,4 +46,8 @@ class Scheme(Protocol):
 
     def weight(self, stored: StoredTensors, module: str, dtype: torch.dtype) -> Tensor:
         """The weight [outputs, inputs], computed in float32 and rounded once to dtype."""
+        ...
+
+    def integers(self, stored: StoredTensors, module: str) -> IntWeight | None:
+        """The weight before it is multiplied out, where it is stored as integers."""
         ...

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pdserve.core.errors import ShapeMismatch
+from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.quantization.scheme import Scheme, StoredTensors
 
 WEIGHT = ".weight"
@@ -29,12 +30,23 @@ class DequantisedView:
         packed = (name.removesuffix(".qweight") for name in self._stored.names if name.endswith(".qweight"))
         return self._stored.names | {module + WEIGHT for module in packed}
 
+    def integers(self, name: str, shape: Sequence[int]) -> IntWeight | None:
+        """The weight before it is multiplied out; None where it is not stored as integers."""
+        module = name.removesuffix(WEIGHT)
+        if not self._scheme.holds(self._stored, module):
+            return None
+        self._check_shape(name, module, shape)
+        return self._scheme.integers(self._stored, module)
+
     def require(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor, after checking its shape. Raises `CheckpointError`s."""
         module = name.removesuffix(WEIGHT)
         if not name.endswith(WEIGHT) or not self._scheme.holds(self._stored, module):
             return self._stored.require(name, shape)
+        self._check_shape(name, module, shape)
+        return self._scheme.weight(self._stored, module, self._dtype)
+
+    def _check_shape(self, name: str, module: str, shape: Sequence[int]) -> None:
         found = self._scheme.shape(self._stored, module)
         if found != tuple(shape):
             raise ShapeMismatch(name, self._stored.folder, tuple(shape), found)
-        return self._scheme.weight(self._stored, module, self._dtype)
