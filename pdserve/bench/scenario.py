@@ -116,7 +116,7 @@ class Search(Frozen):
     precision: float = Field(default=0.08, gt=0, lt=1)
     """Stop when the bracket is this narrow, relative to the rate."""
     max_rate: float = Field(default=10_000.0, gt=0)
-    budget_s: float = Field(default=180.0, gt=0)
+    budget_s: float = Field(default=150.0, gt=0)
     """Per system, over all its trials."""
 
     @model_validator(mode="after")
@@ -129,6 +129,9 @@ class Search(Frozen):
 class Scenario(Frozen):
     name: str = "default"
     seed: int = Field(default=0, ge=0)
+    fresh_prompts: bool = True
+    """Prompts say something else in every run, at the same times and lengths: a server that stays up cannot
+    have them in its prefix cache."""
     arrivals: Arrivals = Arrivals()
     classes: tuple[RequestClass, ...] = (RequestClass(),)
     replay: Replay | None = None

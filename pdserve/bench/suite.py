@@ -109,6 +109,7 @@ class _Measurement:
         self._run, self._scenario, self._trace, self._observer = run, run.scenario, trace, observer
         self._servers = list(servers)
         self._began_s = time.perf_counter()
+        self._salt = time.time_ns() if run.scenario.fresh_prompts else 0
         # One workload for all: what the smallest can take.
         self._limits = ServerLimits(
             vocab_size=min(server.limits.vocab_size for server in servers),
@@ -182,7 +183,7 @@ class _Measurement:
         """None when the system failed altogether; it is left out then."""
         scenario = scenario or self._long_enough(rate)
         name = server.spec.name
-        workload = build_workload(scenario, rate, round, self._limits, trace=self._trace)
+        workload = build_workload(scenario, rate, round, self._limits, trace=self._trace, salt=self._salt)
         self._observer.trial_began(name, rate, sum(len(s.turns) for s in workload.sessions))
         trial = await run_trial(
             server.driver,

@@ -62,11 +62,16 @@ def build_workload(
     limits: ServerLimits,
     *,
     trace: Sequence[TraceRow] = (),
+    salt: int = 0,
 ) -> Workload:
-    """Arrivals at `rate` per second for warm-up and duration. `trace`: what is replayed, if that is so."""
+    """Arrivals at `rate` per second for warm-up and duration. `trace`: what is replayed, if that is so.
+
+    Times and lengths come from scenario, rate and seed. What the prompts say depends on `salt` too: no trial
+    finds the prompts of another in a prefix cache. Only a class's `shared_prefix` is always the same.
+    """
     random = np.random.default_rng([scenario.seed, seed])
     total_s = scenario.warmup_s + scenario.duration_s
-    maker = _Maker(scenario, seed, limits)
+    maker = _Maker(scenario, (salt, seed, round(rate * 1e6)), limits)
     if scenario.replay is not None:
         for at_s, row in _slice_of(trace, rate, total_s, random):
             maker.add_row(at_s, row, scenario.replay, scenario.classes[0])
@@ -80,8 +85,8 @@ def build_workload(
 
 
 class _Maker:
-    def __init__(self, scenario: Scenario, seed: int, limits: ServerLimits) -> None:
-        self._scenario, self._seed, self._limits = scenario, seed, limits
+    def __init__(self, scenario: Scenario, trial: tuple[int, ...], limits: ServerLimits) -> None:
+        self._scenario, self._trial, self._limits = scenario, trial, limits
         self.workload = Workload()
 
     def add_session(self, at_s: float, chosen: RequestClass, random: np.random.Generator) -> None:
@@ -103,7 +108,7 @@ class _Maker:
                 )
             self.workload.num_clipped += fits != (said + shared + wanted_in, wanted_out)
             prefix = self._tokens(shared, _PREFIX_STREAM, self._scenario.classes.index(chosen))
-            fresh = self._tokens(fits[0] - said - shared, _TEXT_STREAM, self._seed, index, number)
+            fresh = self._tokens(fits[0] - said - shared, _TEXT_STREAM, *self._trial, index, number)
             turns.append(Turn(new_tokens=(*prefix, *fresh), output_tokens=fits[1], think_s=think_s))
             said = fits[0] + fits[1]
         self._append(at_s, chosen, tuple(turns))
@@ -118,9 +123,9 @@ class _Maker:
         self.workload.num_clipped += fits != (wanted_in, wanted_out)
         tokens: list[int] = []
         for hash_id in row.hash_ids[: -(-fits[0] // block)]:
-            tokens += self._tokens(block, _BLOCK_STREAM, hash_id)
+            tokens += self._tokens(block, _BLOCK_STREAM, *self._trial, hash_id)
         index = len(self.workload.sessions)
-        tokens += self._tokens(max(0, fits[0] - len(tokens)), _TEXT_STREAM, self._seed, index, 0)
+        tokens += self._tokens(max(0, fits[0] - len(tokens)), _TEXT_STREAM, *self._trial, index, 0)
         turn = Turn(new_tokens=tuple(tokens[: fits[0]]), output_tokens=fits[1], think_s=0.0)
         self._append(at_s, chosen, (turn,))
 

@@ -80,6 +80,20 @@ def test_the_same_seed_makes_the_same_requests_and_another_does_not() -> None:
     assert build_workload(scenario, 5, 1, LIMITS) != build_workload(scenario, 5, 2, LIMITS)
 
 
+def test_no_trial_finds_its_prompts_in_the_cache_of_another() -> None:
+    scenario = Scenario.model_validate({"arrivals": {"kind": "uniform"}})
+    first = build_workload(scenario, 5, 1, LIMITS).sessions[0]
+    for other in (
+        build_workload(scenario, 6, 1, LIMITS),
+        build_workload(scenario, 5, 2, LIMITS),
+        build_workload(scenario, 5, 1, LIMITS, salt=9),
+    ):
+        assert other.sessions[0].turns[0].new_tokens[:4] != first.turns[0].new_tokens[:4]
+    salted = build_workload(scenario, 5, 1, LIMITS, salt=9).sessions[0]
+    assert len(salted.turns[0].new_tokens) == len(first.turns[0].new_tokens)
+    assert (salted.at_s, salted.turns[0].output_tokens) == (first.at_s, first.turns[0].output_tokens)
+
+
 def test_prompts_are_new_except_for_their_shared_prefix() -> None:
     scenario = Scenario.model_validate({"classes": [{"shared_prefix": 32, "input": {"value": 40}}]})
     prompts = [session.turns[0].new_tokens for session in build_workload(scenario, 20, 0, LIMITS).sessions]
