@@ -8,7 +8,8 @@ Per transport and block size, interleaved in every round:
     push      `--push-mib` in scattered blocks of a pool that fits no cache
     memcpy    the same blocks, within this process
     one       as many bytes from one block into one block, over and over, as ucx_perftest sends them
-    perftest  `ucp_put_bw` of UCX with messages of that size (Debian: ucx-utils), with its own version of UCX
+    perftest  `ucp_put_bw` of UCX with messages of that size (Debian: ucx-utils), with its own version of UCX;
+              on one host it maps its own shared memory, a copy within the cache that pools cannot have
     digest    what a digest of the same blocks would take, as a share of the push's time
 
 then the time of a one-block push at the sender and until its note is an event at an idle receiver; and what
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--push-mib", type=int, default=32, help="bytes of one push")
     parser.add_argument("--pool-mib", type=int, default=64, help="bytes of one pool")
+    parser.add_argument("--transports", default="", help="only those with this in their name")
     parser.add_argument("--ucx-perftest", default="ucx_perftest", help="program to run, if it is there")
     parser.add_argument("--perftest-rounds", type=int, default=3)
     args = parser.parse_args()
@@ -262,6 +264,8 @@ def main() -> None:
     streams: list[float] = []
     with transports(namespaces=available()) as chosen:
         for transport in chosen:
+            if args.transports not in transport.name:
+                continue
             if transport.namespaces is not None:
                 streams += [rate for _ in range(3) if (rate := iperf3(transport.namespaces, 1)) is not None]
             # A process of its own each: UCX keeps what it once found out about the machine.

@@ -20,8 +20,8 @@ from kvtransfer.geometry import Route
 from kvtransfer.integrity import Digest
 from kvtransfer.protocol import Push
 
-FRAGMENT_BYTES: Final = 8 << 20
-"""0.2 to 10 ms at 40 to 0.8 GB/s."""
+FRAGMENT_BYTES: Final = 16 << 20
+"""0.4 to 20 ms at 40 to 0.8 GB/s. Halves cost 3% of a shared-memory push, as each is prepared anew."""
 
 
 @dataclass(frozen=True, slots=True)

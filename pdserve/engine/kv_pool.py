@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -39,7 +40,11 @@ class KVPool:
         self.tensor: Tensor
         if self.device.type == "cpu":
             # Straight from the kernel: `torch.zeros` would write, and so occupy, all of it now.
-            memory = mmap.mmap(-1, self.size_bytes)
+            memory = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                # A transfer by shared memory looks up each page: with large ones it is twice as fast.
+                with contextlib.suppress(OSError):  # a kernel without them
+                    memory.madvise(mmap.MADV_HUGEPAGE)
             self.tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
             self.tensor = torch.zeros(shape, dtype=dtype, device=self.device)
