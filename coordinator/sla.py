@@ -20,8 +20,6 @@ from coordinator.latency import Work
 VIOLATION_WEIGHT: Final = 1e3
 _MOST: Final = 1e3
 """Of violation: later than this is as bad."""
-_SURE: Final = 2.0
-"""Standard deviations by which a prediction may be wrong to the request's favour before it is refused."""
 _EVIDENCE: Final = 10
 """Steps that a worker must have been heard of before anything is refused on its account."""
 
@@ -60,18 +58,17 @@ def decode_score(worker: WorkerState, tokens: int, goal: Goal) -> float:
     return VIOLATION_WEIGHT * _late(step_s, goal.tpot_s) + worker.decode_load(tokens)
 
 
-def soonest_s(readers: Sequence[WorkerState], tokens: int, goal: Goal) -> float:
-    """The earliest that any of them may have read the prompt, every prediction taken at its hopeful end.
-
-    0 while too little is known of one of them.
+def soonest_s(readers: Sequence[WorkerState], tokens: int, goal: Goal, *, deviations: float) -> float:
+    """When the first of them will have read the prompt, each prediction taken this many of its standard
+    deviations above its mean. 0 while too little is known of one of them.
     """
     soonest = math.inf
     for worker in readers:
         if worker.latency.prefill.count < _EVIDENCE:
             return 0.0
         features = _ahead(worker, tokens, goal).features
-        hopeful = worker.latency.prefill.predict(features) - _SURE * worker.latency.prefill.std(features)
-        soonest = min(soonest, hopeful)
+        fit = worker.latency.prefill
+        soonest = min(soonest, fit.predict(features) + deviations * fit.std(features))
     return max(soonest, 0.0) if readers else 0.0
 
 

@@ -23,6 +23,7 @@ from pdserve.cli.drain import drain
 from pdserve.cli.generate import generate
 from pdserve.cli.models import models_app
 from pdserve.cli.serve import serve
+from pdserve.cli.simulate import simulate
 from pdserve.core.errors import PdServeError
 
 _UsageError: Final = typer.BadParameter.__mro__[2]
@@ -46,6 +47,7 @@ app.command()(generate)
 app.command()(demo)
 app.command()(doctor)
 app.command()(drain)
+app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
