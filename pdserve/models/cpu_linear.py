@@ -148,6 +148,15 @@ def make_linear(weight_OI: Tensor, bias_O: Tensor | None, workload: Workload) ->
     return many if half is None else BySize(half, many)
 
 
+def make_head(weight_VE: Tensor) -> Linear:
+    """The product for logits: float32 sums that stay float32, the same for every number of rows.
+
+    oneDNN's bfloat16 product rounds its result to 8 bits, which makes ties of logits that differ: greedy
+    tokens and draws would then depend on how many rows a step happens to have.
+    """
+    return _half(weight_VE, None) or make_linear(weight_VE, None, Workload.ANY)
+
+
 def make_integer_linear(
     weight: IntWeight, bias_O: Tensor | None, dtype: torch.dtype, workload: Workload
 ) -> Linear:

@@ -86,6 +86,11 @@ class ModelOps(Protocol):
         read-only view of a mapped file; it may be kept or repacked, never written to."""
         ...
 
+    def head(self, weight_VE: Tensor) -> Linear:
+        """`linear` for the projection to logits: its results are not rounded to less than they are summed in,
+        where the device allows it."""
+        ...
+
     def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> Linear:
         """`linear` for a weight that is stored as small integers."""
         ...

@@ -21,7 +21,7 @@ from pdserve.models.cpu_attention import (
     write_rows,
 )
 from pdserve.models.cpu_experts import CpuExperts
-from pdserve.models.cpu_linear import Linear, choose_products, make_integer_linear, make_linear
+from pdserve.models.cpu_linear import Linear, choose_products, make_head, make_integer_linear, make_linear
 from pdserve.models.ops import QKNorm, SliceMeta, Workload
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import rope_table
@@ -44,6 +44,11 @@ class CpuOps:
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
         made = make_linear(weight_OI, bias_O, self._workload)
+        self._unmeasured.append(made)
+        return made
+
+    def head(self, weight_VE: Tensor) -> Linear:
+        made = make_head(weight_VE)
         self._unmeasured.append(made)
         return made
 

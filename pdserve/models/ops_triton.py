@@ -100,6 +100,9 @@ class TritonOps:
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> _Linear:
         return _Linear(self.vector(weight_OI), None if bias_O is None else self.vector(bias_O))
 
+    def head(self, weight_VE: Tensor) -> _Linear:
+        return self.linear(weight_VE, None)
+
     def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> _Linear:
         return self.linear(weight.dequantised(self._dtype), bias_O)
 

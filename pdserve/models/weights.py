@@ -93,7 +93,7 @@ def load_llama(
         embedding_VE=embedding,
         layers=tuple(layers),
         final_norm_E=loader.norm("model.norm.weight", config.hidden_size),
-        head=ops.linear(head, None),
+        head=ops.head(head),
     )
     progress(0.99, "choosing matrix products")
     ops.weights_loaded()

@@ -11,6 +11,7 @@ from pdserve.models.cpu_linear import (
     HalfLinear,
     PlainLinear,
     choose_products,
+    make_head,
     make_linear,
 )
 from pdserve.models.ops import Workload
@@ -92,3 +93,11 @@ def test_any_split_multiplies_every_batch(few_rows: int) -> None:
     for rows in (1, 4, 5, 80):
         x = torch.randn(rows, 80)
         torch.testing.assert_close(linear(x), exact(x, w, None).float(), rtol=0.02, atol=0.03)
+
+
+def test_logits_do_not_depend_on_how_many_rows_a_step_has() -> None:
+    weight = torch.randn(300, 64).bfloat16()
+    head, x = make_head(weight), torch.randn(40, 64)
+    alone = torch.cat([head(row[None]) for row in x])
+    assert torch.equal(head(x), alone)
+    torch.testing.assert_close(alone, x @ weight.float().T, rtol=1e-5, atol=1e-4)
