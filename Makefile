@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow chaos check format bench proto docs clean
+.PHONY: help demo test test-slow chaos sim check format bench proto docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1|/' | column -t -s'|'
@@ -30,8 +30,13 @@ test: $(STAMPS)/dev ## Run the test suite
 test-slow: $(STAMPS)/dev ## Run the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
-chaos: $(STAMPS)/dev ## Kill workers under load, again and again
-	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e -m "ray" -k "kill"
+chaos: $(STAMPS)/dev ## Kill, stop and drain workers under load; SEED=n draws other faults, ROUNDS=m more of them
+	@OMP_NUM_THREADS=1 PDSERVE_CHAOS_SEED=$(or $(SEED),0) PDSERVE_CHAOS_ROUNDS=$(or $(ROUNDS),6) \
+		$(BIN)/pytest tests/e2e/test_chaos.py tests/e2e/test_faults.py tests/e2e/test_drain.py
+
+sim: $(STAMPS)/dev ## Simulate schedulers on a bad network; SEED=n replays one seed, SEEDS=m runs that many
+	@OMP_NUM_THREADS=1 PDSERVE_SIM_SEED=$(SEED) PDSERVE_SIM_SEEDS=$(or $(SEEDS),200) \
+		$(BIN)/pytest -q tests/worker/test_simulation.py
 
 check: $(STAMPS)/dev ## The whole gate: format, lint, types, layers
 	@$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Real workers, a real coordinator, a model whose tokens depend on every byte of KV: drains change no token."""
+"""Real workers, a real coordinator, a model whose tokens depend on every byte of KV: drains change none."""
 
 from __future__ import annotations
 

@@ -1,0 +1,97 @@
+"""Faults drawn from a seed, one after another, on one deployment under load: `make chaos SEED=n ROUNDS=m`.
+
+Each round: requests in several phases, a fault on one process, and the proof that it happened. Then: every
+stream has the right tokens or a typed error after a right beginning, every block is back, the worker is there
+again, and the next request works.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import PreTrainedModel
+
+from pdserve.core.lifecycle import Phase
+from tests.e2e.conftest import config_of
+from tests.e2e.test_disaggregated import prompt_of
+from tests.e2e.test_faults import Streaming, epoch_of, require_gone
+from tests.support.whole_cluster import RunningDeployment, greedy
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+Oracle = tuple[Path, PreTrainedModel]
+SEED = int(os.environ.get("PDSERVE_CHAOS_SEED", "0"))
+ROUNDS = int(os.environ.get("PDSERVE_CHAOS_ROUNDS", "6"))
+WORKERS = ("prefill-0", "decode-0", "decode-1")
+
+
+@pytest.fixture(scope="module")
+def chaotic(tiny_oracle: Oracle) -> Iterator[RunningDeployment]:
+    config = config_of(tiny_oracle[0], decode={"workers": 2}, coordinator={"max_attempts": 5})
+    with RunningDeployment(config) as running:
+        yield running
+
+
+@pytest.mark.parametrize("round_", range(ROUNDS))
+def test_a_drawn_fault_costs_a_pause_or_a_typed_error_and_nothing_else(
+    chaotic: RunningDeployment, tiny_oracle: Oracle, round_: int
+) -> None:
+    rng = random.Random(f"{SEED}/{round_}")
+    victim, fault = rng.choice(WORKERS), rng.choice([kill, terminate, stop, stop_and_continue])
+    phase = rng.choice([Phase.PREFILLING, Phase.DECODING])
+    pid, epoch = chaotic.pid(victim), epoch_of(chaotic, victim)
+    lengths = [rng.choice([1, 15, 16, 17, 100]) for _ in range(3)] + [1900]
+    prompts = [prompt_of(length, seed=rng.randrange(1000)) for length in lengths]
+    streams = [Streaming(chaotic, prompt, 120) for prompt in prompts]
+    chaotic.wait_until(f"a request is {phase}", lambda: chaotic.snapshot().phases.get(phase))
+    replaced = fault(chaotic, victim, pid)
+    for stream, prompt in zip(streams, prompts, strict=True):
+        stream.end()
+        expected = greedy(tiny_oracle[1], prompt, 120, ignore_eos=True)
+        assert stream.tokens == expected[: len(stream.tokens)]
+        if stream.error is None:
+            assert len(stream.tokens) == 120
+        else:
+            assert stream.error.code in ("UNAVAILABLE", "DATA_LOSS", "DEADLINE_EXCEEDED")
+
+    def back() -> bool:
+        state = chaotic.worker(victim)
+        return state is not None and state.up and (state.epoch > epoch or not replaced)
+
+    chaotic.wait_until(f"{victim} is back", back)
+    if replaced:
+        require_gone(pid)
+    with chaotic.client() as client:
+        completion = client.generate(prompt_token_ids=prompt_of(50), max_tokens=8, temperature=0.0)
+    assert list(completion.token_ids) == greedy(tiny_oracle[1], prompt_of(50), 8)
+    chaotic.wait_until("every block back", chaotic.idle)
+
+
+def kill(running: RunningDeployment, worker: str, pid: int) -> bool:
+    os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def terminate(running: RunningDeployment, worker: str, pid: int) -> bool:
+    os.kill(pid, signal.SIGTERM)
+    return True
+
+
+def stop(running: RunningDeployment, worker: str, pid: int) -> bool:
+    os.kill(pid, signal.SIGSTOP)
+    running.wait_until("it is stopped", lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return True
+
+
+def stop_and_continue(running: RunningDeployment, worker: str, pid: int) -> bool:
+    """Continued before anyone may have missed it: the same process goes on."""
+    stop(running, worker, pid)
+    os.kill(pid, signal.SIGCONT)
+    running.wait_until("it runs again", lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED)
+    return False
