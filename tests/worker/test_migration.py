@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pdserve.core.errors import PdServeError
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 from pdserve.core.sampling import SamplingParams
+from pdserve.engine.batch import SequenceSlice
 from pdserve.worker.running import RunningWorker
 from pdserve.worker.spec import WorkerSpec
 from prefill.worker import start_prefill_worker
@@ -33,7 +34,8 @@ from tests.support.token_engine import BLOCK_TOKENS, TokenEngine, reference
 from tests.support.workers import config_of, local_backends
 
 NUM_TOKENS = 60
-STEP_S = 0.002
+STEP_S = {"decode-0": 0.025}
+"""The worker that is drained is slow, so that its requests are far from done when the drain reaches it."""
 
 
 @dataclass
@@ -73,8 +75,7 @@ async def system(folder: Path, *, decode: int = 2, num_blocks: int = 160) -> Asy
                 name = f"{role.value}-{index}"
                 engine = engines[name] = TokenEngine(num_blocks=num_blocks)
                 if role is Role.DECODE:
-                    pause = threading.Event()
-                    engine.runner.before_step = lambda slices, pause=pause: pause.wait(STEP_S) and None
+                    engine.runner.before_step = _slow(STEP_S.get(name, 0.001))
                 workers[name] = await asyncio.to_thread(_start, name, role, folder, config, engine, hub)
                 await coordinator.add_worker(workers[name].address)
         async with AsyncClient(endpoints.grpc, timeout_s=30) as client:
@@ -83,6 +84,15 @@ async def system(folder: Path, *, decode: int = 2, num_blocks: int = 160) -> Asy
         await coordinator.stop(0.0)
         for worker in workers.values():
             await asyncio.to_thread(worker.stop)
+
+
+def _slow(seconds: float) -> Callable[[Sequence[SequenceSlice]], None]:
+    pause = threading.Event()
+
+    def before_step(slices: Sequence[SequenceSlice]) -> None:
+        pause.wait(seconds)
+
+    return before_step
 
 
 def _start(
