@@ -270,20 +270,19 @@ def test_the_command_measures_prints_and_compares(
         "0.3",
         "--no-png",
     ]
-    for name in ("a", "b"):
-        code, out, err = cli(*options, "-o", str(tmp_path / name), "--slo", "mlperf-llama3.1-405b")
-        assert code == 0, err
-        assert "Goodput" in out
-        assert "report.html" in out
-        assert "inside (100%)" in err
+    code, out, err = cli(*options, "-o", str(tmp_path / "a"), "--slo", "mlperf-llama3.1-405b")
+    assert code == 0, err
+    assert "Goodput" in out
+    assert "report.html" in out
+    assert "inside (100%)" in err
     code, out, _ = cli("compare", str(tmp_path / "a"), str(tmp_path / "a"))
     assert code == 0
     assert "no real difference" in out
-    document = json.loads((tmp_path / "b" / "results.json").read_text())
+    document = json.loads((tmp_path / "a" / "results.json").read_text())
     for request in document["requests"]:
         request["tpot_s"] *= 3 + 0.01 * request["round"]
-    (tmp_path / "b" / "results.json").write_text(json.dumps(document))
-    code, out, _ = cli("compare", str(tmp_path / "a"), str(tmp_path / "b"), "--alpha", "0.3")
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    code, out, _ = cli("compare", str(tmp_path / "a"), str(tmp_path / "b.json"), "--alpha", "0.1")
     assert code == 1
     assert "worse" in out
 
