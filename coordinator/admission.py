@@ -33,6 +33,10 @@ def hopeless(book: Book, request: NewRequest, now: float) -> Overloaded | None:
             limit_s, what, deviations = due - now, "TTFT target", _TARGET_DEVIATIONS
     readers = book.router.readers(book.fleet, request.model)
     soonest = soonest_s(readers, len(request.tokens), Goal(due=due), deviations=deviations)
+    if soonest == 0:
+        return None  # too little is known
+    queue_s = book.queue_wait_s(request.model, request.priority)
+    soonest += queue_s if deviations > 0 else queue_s / 2
     if soonest <= limit_s:
         return None
     retry_s = min(max(soonest - limit_s, 0.1), _LONGEST_WAIT_S)

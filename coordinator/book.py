@@ -46,7 +46,7 @@ class Book:
     orphans: dict[WorkerId, list[tuple[WorkerId, Orphaned]]] = field(default_factory=dict)
     """By who may still write: decode workers with blocks in quarantine, until the writer can be asked."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
-    ended_per_s: float = 1.0
+    _gap_s: float = 1.0
     last_end: float | None = None
 
     @property
@@ -68,7 +68,17 @@ class Book:
         return {worker.id: worker.info.epoch for worker in self.fleet if worker.up}
 
     def count_end(self, now: float) -> None:
-        """Moving average of requests ended per second, for the hint when to come back."""
-        if self.last_end is not None and now > self.last_end:
-            self.ended_per_s += 0.1 * (min(1 / (now - self.last_end), 1e4) - self.ended_per_s)
+        """How often a place becomes free. The gaps are averaged: the mean of their inverses says too much."""
+        if self.last_end is not None:
+            self._gap_s += 0.05 * (now - self.last_end - self._gap_s)
         self.last_end = now
+
+    @property
+    def ended_per_s(self) -> float:
+        """Requests that left their workers, per second of late."""
+        return 1 / max(self._gap_s, 1e-4)
+
+    def queue_wait_s(self, model: str, priority: int) -> float:
+        """Predicted time until those who wait for a decode worker, and go first, have found one."""
+        queue = self.waiting.get(model)
+        return 0.0 if queue is None else queue.num_ahead(priority) / self.ended_per_s

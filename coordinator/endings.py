@@ -180,7 +180,8 @@ def end(
         book.waiting[flight.request.model].discard(flight.id)
     if flight.leader is not None:
         book.followers[flight.leader].remove(flight.id)
-    book.count_end(now)
+    if phase is not Phase.REJECTED:  # which had no place to leave
+        book.count_end(now)
     return [End(request=flight.id, outcome=outcome, report=report)]
 
 

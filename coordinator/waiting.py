@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 
 from pdserve.core.ids import RequestId
@@ -14,6 +15,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, RequestId]] = []
         self._keys: dict[RequestId, tuple[int, int]] = {}
+        self._of_priority: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -25,7 +27,9 @@ class WaitingQueue:
         return iter(list(self._keys))
 
     def push(self, request: RequestId, *, priority: int, order: int) -> None:
+        self.discard(request)
         self._keys[request] = (priority, order)
+        self._of_priority[priority] += 1
         heapq.heappush(self._heap, (priority, order, request))
 
     def peek(self) -> RequestId | None:
@@ -39,4 +43,10 @@ class WaitingQueue:
 
     def discard(self, request: RequestId) -> None:
         """Take it out, if it is there."""
-        self._keys.pop(request, None)
+        key = self._keys.pop(request, None)
+        if key is not None:
+            self._of_priority[key[0]] -= 1
+
+    def num_ahead(self, priority: int) -> int:
+        """How many would go before one of this priority that came now."""
+        return sum(count for p, count in self._of_priority.items() if p <= priority)

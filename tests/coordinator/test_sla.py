@@ -200,3 +200,19 @@ def test_an_ended_request_tells_what_was_predicted_for_it() -> None:
     assert report.predicted_ttft_s is not None
     assert report.predicted_ttft_s > 0
     assert report.predicted_tpot_s is not None
+
+
+def test_those_who_wait_for_a_decode_worker_count_as_ahead() -> None:
+    """Places become free once a second: behind five who wait, a target of two seconds cannot be met."""
+    world = world_with(Admission.TTFT)
+    prefill, decode = (world.registry.fleet.get(WorkerId(n)) for n in ("prefill-0", "decode-0"))
+    assert prefill is not None
+    assert decode is not None
+    teach_prefill(prefill, 10_000.0)
+    decode.refused()
+    for index in range(5):
+        world.submit(new_request(f"w{index}", arrived=world.now, deadline=world.now + 600))
+    assert world.registry.num_waiting == 5
+    submit(world, ttft_target_s=2.0, patience_s=600.0)
+    assert isinstance(world.ends[RequestId("r")].outcome, Overloaded)
+    assert world.registry.num_waiting == 5
