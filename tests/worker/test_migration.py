@@ -248,3 +248,21 @@ async def test_without_room_elsewhere_requests_finish_where_they_are(tmp_path: P
         await stream.end()
         stream.right(**GREEDY)
         assert stream.timings.decode_worker == "decode-0"
+
+
+@scenario
+async def test_after_a_decode_worker_died_the_prompt_is_sent_again_and_not_read_again(tmp_path: Path) -> None:
+    async with system(tmp_path) as running:
+        stream = Streaming(running, prompt_of(41, 7), **SAMPLED)
+        await stream.reaches(5)
+        placed = [w.id for w in running.coordinator.snapshot().workers if w.role is Role.DECODE and w.placed]
+        steps = running.engines["prefill-0"].runner.steps
+        read_before = len(steps)
+        await running.lose(str(placed[0]))
+        await stream.end()
+        stream.right(**SAMPLED)
+        assert stream.timings.attempts == 2
+        (again,) = steps[read_before:]
+        ((start, count),) = again
+        assert start == 41 // BLOCK_TOKENS * BLOCK_TOKENS
+        assert start + count < 41 + NUM_TOKENS
