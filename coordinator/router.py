@@ -71,7 +71,9 @@ class Router:
         decode = self._choose(
             (model, Role.DECODE),
             decoders,
-            lambda w: decode_score(w, tokens, goal) if self._by_goal else w.decode_load(tokens),
+            lambda w: (
+                decode_score(w, tokens, goal, reads=not readers) if self._by_goal else w.decode_load(tokens)
+            ),
             prefer.decode if prefer else None,
             avoid,
         )

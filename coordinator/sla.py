@@ -53,9 +53,11 @@ def prefill_score(worker: WorkerState, tokens: int, goal: Goal) -> float:
     return VIOLATION_WEIGHT * _late(wait_s, goal.ttft_s) + wait_s
 
 
-def decode_score(worker: WorkerState, tokens: int, goal: Goal) -> float:
+def decode_score(worker: WorkerState, tokens: int, goal: Goal, *, reads: bool) -> float:
+    """reads: it also reads the prompt, so that how soon counts as well."""
     step_s = worker.latency.step_s(*worker.batch_with(tokens))
-    return VIOLATION_WEIGHT * _late(step_s, goal.tpot_s) + worker.decode_load(tokens)
+    score = VIOLATION_WEIGHT * _late(step_s, goal.tpot_s) + worker.decode_load(tokens)
+    return score + prefill_score(worker, tokens, goal) if reads else score
 
 
 def soonest_s(readers: Sequence[WorkerState], tokens: int, goal: Goal, *, deviations: float) -> float:

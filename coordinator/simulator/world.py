@@ -213,7 +213,7 @@ class World:
 
     def _join(self, name: WorkerId, *, epoch: int) -> None:
         role, profile = self._roles[name], self._setup.profile
-        info = _info(name, role, epoch, profile)
+        info = simulated_info(name, role, epoch, profile)
         kind = PrefillWorker if role is Role.PREFILL else DecodeWorker
         self._workers[name] = kind(info, profile, self)
         self._handle(WorkerJoined(info=info, model=MODEL), self._now)
@@ -237,7 +237,8 @@ class World:
         self._at(now + self._setup.failures.repair_s, back)
 
 
-def _info(name: WorkerId, role: Role, epoch: int, profile: Profile) -> WorkerInfo:
+def simulated_info(name: WorkerId, role: Role, epoch: int, profile: Profile) -> WorkerInfo:
+    """How a modelled worker introduces itself."""
     # One layer whose K and V of a token take what the profile says.
     group = CacheGroup(
         name="full", num_layers=1, num_kv_heads=1, head_dim=profile.kv_token_bytes // 4, dtype="bfloat16"

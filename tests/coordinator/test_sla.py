@@ -80,6 +80,18 @@ def test_a_ttft_target_sends_a_prompt_past_the_shorter_queue_of_a_slower_worker(
     assert placed(fleet, 400, Goal(ttft_s=0.5, due=10.0))[0] == fast.id
 
 
+def test_without_prefill_workers_how_soon_a_prompt_is_read_counts_too() -> None:
+    fleet = fleet_of(0, 2)
+    first, second = fleet.of(MODEL, Role.DECODE)
+    for state in (first, second):
+        teach_prefill(state, 1000.0)
+    first.place_prefill(attempt("reading"), 5000, due=1.0)
+    second.place_decode(attempt("writing"), 8)
+    placement = Router(RoutingPolicy.SLA, seed=0).place(fleet, MODEL, 100, goal=Goal(ttft_s=1.0, due=10.0))
+    assert placement is not None
+    assert placement.decode.worker == second.id
+
+
 def test_only_prompts_that_are_due_no_later_are_ahead() -> None:
     (state,) = fleet_of(1, 0).of(MODEL, Role.PREFILL)
     state.place_prefill(attempt("batch"), 1000, due=100.0)
