@@ -38,7 +38,9 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return capsys, monkeypatch
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "demo", "doctor", "drain", "models", "config"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "demo", "doctor", "drain", "models", "config", "simulate"]
+)
 def test_the_help_lists_every_command_and_each_explains_itself(cli: Run, command: str) -> None:
     code, out, _ = run(*cli, "--help")
     assert code == 0
