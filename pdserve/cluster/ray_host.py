@@ -131,6 +131,8 @@ class RayHost:
             index=next(index for index, worker in indexed if worker == slot.worker),
             cores=self._pinned[slot.worker],
             others=tuple((index, self._pinned[worker]) for index, worker in indexed if worker != slot.worker),
+            # A decode step is bound by memory, which one core nearly fills.
+            borrows=slot.role is Role.PREFILL,
         )
 
     def _all_here(self) -> bool:

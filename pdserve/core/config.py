@@ -192,7 +192,8 @@ class ClusterSettings(_Frozen):
     cpus_per_worker: PositiveInt | None = None
     """None: the machine's cores divided among the workers."""
     lend_cores: bool = True
-    """CPU workers of one machine also compute on the cores of those that have nothing to do."""
+    """CPU workers of one machine: a prefill worker also computes on the cores of decode workers that have
+    nothing to do."""
     dashboard: bool = True
     """Ray's dashboard, on loopback, for a cluster that we start."""
     dashboard_port: Annotated[int, Field(ge=0, le=65535)] = 8265

@@ -1,9 +1,9 @@
 """Cores that the CPU workers of one machine lend each other while they have nothing to compute.
 
 Every worker pins cores of its own, so that prefill and decode do not slow each other. But a prompt that comes
-when nobody decodes would be read with half the machine idle, and answers that are written while no prompt is
-read likewise. So each worker says on a board whether it has work, and adds the cores of those that have none
-to its own, step by step: the most that a lender waits for its cores is one step of the borrower.
+when nobody decodes would be read with half the machine idle. So each worker says on a board whether it has
+work, and a worker that may borrow adds the cores of those that have none, step by step: the most that a
+lender waits for its cores is one step of the borrower.
 
 The board is a mapped file with one byte per worker, 1 from the moment a worker has something to compute until
 it has nothing left. A worker that died while busy lends nothing until its successor starts.
@@ -31,6 +31,7 @@ class CoreShare:
     cores: tuple[int, ...]
     others: tuple[tuple[int, tuple[int, ...]], ...]
     """(index, cores) of every other worker of this machine."""
+    borrows: bool
 
     def among(self, allowed: Iterable[int]) -> CoreShare:
         """The same, when the numbers of cores were indices into `allowed`, wrapped around."""
@@ -62,7 +63,7 @@ class CoreLender:
     def enter(self) -> None:
         """There is something to compute: take back what is lent, and borrow what is free now."""
         self._board[self._share.index] = _BUSY
-        wanted = self._own | self._free()
+        wanted = self._own | self._free() if self._share.borrows else self._own
         if wanted != self._using:
             os.sched_setaffinity(0, wanted)
             self._use(len(wanted))

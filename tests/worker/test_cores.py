@@ -40,8 +40,8 @@ def two_cores() -> tuple[int, int]:
 
 def lenders(board: Path, threads: list[int]) -> tuple[CoreLender, CoreLender]:
     first, second = two_cores()
-    prefill = CoreShare(board=board, index=0, cores=(first,), others=((1, (second,)),))
-    decode = CoreShare(board=board, index=1, cores=(second,), others=((0, (first,)),))
+    prefill = CoreShare(board=board, index=0, cores=(first,), others=((1, (second,)),), borrows=True)
+    decode = CoreShare(board=board, index=1, cores=(second,), others=((0, (first,)),), borrows=False)
     return CoreLender(prefill, threads.append), CoreLender(decode, threads.append)
 
 
@@ -65,6 +65,19 @@ def test_a_borrower_uses_the_cores_of_an_idle_lender_and_gives_them_back(tmp_pat
     assert threads == [2, 1, 2]
 
 
+def test_one_that_does_not_borrow_keeps_to_its_own(tmp_path: Path) -> None:
+    threads: list[int] = []
+
+    def work() -> None:
+        _, decode = lenders(tmp_path / "cores", threads)
+        before = os.sched_getaffinity(0)
+        decode.enter()
+        assert os.sched_getaffinity(0) == before
+
+    on_a_thread(work)
+    assert threads == []
+
+
 def test_a_core_with_a_busy_second_owner_is_not_lent(tmp_path: Path) -> None:
     first, second = two_cores()
     board = tmp_path / "cores"
@@ -72,8 +85,12 @@ def test_a_core_with_a_busy_second_owner_is_not_lent(tmp_path: Path) -> None:
 
     def work() -> None:
         shared = ((1, (second,)), (2, (second,)))
-        prefill = CoreLender(CoreShare(board=board, index=0, cores=(first,), others=shared), threads.append)
-        other = CoreLender(CoreShare(board=board, index=2, cores=(second,), others=()), threads.append)
+        prefill = CoreLender(
+            CoreShare(board=board, index=0, cores=(first,), others=shared, borrows=True), threads.append
+        )
+        other = CoreLender(
+            CoreShare(board=board, index=2, cores=(second,), others=(), borrows=False), threads.append
+        )
         other.enter()
         prefill.enter()
         other.leave()
@@ -89,7 +106,6 @@ def test_a_successor_clears_what_its_dead_predecessor_left(tmp_path: Path) -> No
     def work() -> None:
         prefill, decode = lenders(tmp_path / "cores", threads)
         decode.enter()  # and dies
-        threads.clear()
         prefill.enter()
         assert threads == []
         lenders(tmp_path / "cores", threads)
@@ -100,7 +116,7 @@ def test_a_successor_clears_what_its_dead_predecessor_left(tmp_path: Path) -> No
 
 
 def test_core_numbers_may_be_indices_into_what_a_process_may_use() -> None:
-    share = CoreShare(board=Path("b"), index=0, cores=(0, 1), others=((1, (2, 3)),))
+    share = CoreShare(board=Path("b"), index=0, cores=(0, 1), others=((1, (2, 3)),), borrows=True)
     placed = share.among({4, 6, 9})
     assert placed.cores == (4, 6)
     assert placed.others == ((1, (4, 9)),)
