@@ -35,6 +35,7 @@ class RefusalReason(StrEnum):
     DRAINING = "draining"
     UNKNOWN_PEER = "unknown_peer"
     TOO_LONG = "too_long"
+    WRONG_ROLE = "wrong_role"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,9 @@ class StartDecode:
     """Reserve blocks for a request. The answer is `Reserved` or `Refused`.
 
     `prefill_worker` is who fills the blocks: a prefill worker, or the decode worker that a running request
-    moves away from. None: this worker reads the prompt itself (colocated, or cheaper than moving it).
+    moves away from. None: this worker reads the prompt itself (colocated, or cheaper than moving it). A worker
+    in the prefill role takes a request in this way only, reads the prompt and writes the whole answer; with a
+    `prefill_worker` it answers `Refused` (WRONG_ROLE).
     """
 
     spec: RequestSpec
@@ -141,6 +144,48 @@ class Migrate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivePrefix:
+    """Make room for the beginning of a prompt, which `writer` has in its prefix cache and will push here.
+
+    To either role; a movement of its own, before and apart from any request: `attempt` names nothing else. The
+    answer is `Reserved` (blocks for every full block of `tokens`, those cached here first) or `Refused`.
+    Then a coordinator sends `PushPrefix` to the writer, relays its last word as for a prefill
+    (`PushesSettled`, where that is what it says), renews the lease if it likes, and may `Cancel`. It ends with
+    exactly one `KvArrived` (the prefix is in the cache here: a `StartPrefill` or `StartDecode` that follows
+    hits it, unless it was evicted meanwhile) or `AttemptFailed`, none after `Cancel`. `Reserved` with all of
+    `tokens` cached ends it too: nothing is held, nothing is to be pushed.
+    """
+
+    attempt: AttemptId
+    tokens: list[int]
+    """Whole blocks of this worker's; what is beyond the last one is ignored."""
+    cache_salt: bytes
+    """As in `RequestSpec`."""
+    writer: WorkerId
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushPrefix:
+    """Push the beginning of a prompt from the prefix cache here, of either role, into a peer that lacks it.
+
+    `dst_blocks` and `dst_cached_tokens` are what the peer `Reserved` for `ReceivePrefix`. What is cached here
+    by now is pushed, which may be less than `tokens`; nothing at all is a failure. Ends, as a `StartPrefill`
+    does, with exactly one `TransferDone` or `PushesSettled`; after `Cancel` too.
+    """
+
+    attempt: AttemptId
+    tokens: list[int]
+    cache_salt: bytes
+    worker: WorkerId
+    """Who lacks it."""
+    worker_epoch: int
+    dst_blocks: list[BlockId]
+    dst_cached_tokens: int
+    transfer_deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RenewLease:
     attempt: AttemptId
     lease_s: float
@@ -157,6 +202,10 @@ class Cancel:
 
     attempt: AttemptId
     reason: str
+    resumes: bool = False
+    """Preempted: made to give way to a more urgent request, and soon to start again, here or elsewhere, as a
+    new attempt whose `spec.tokens` begin with all that this one has told. Its KV is worth keeping where a
+    prefix is looked up, as long as nobody needs the room; the blocks are free to be taken at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +223,36 @@ class PushesSettled:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drain:
     """Take no new requests; finish those that run, or see them moved away."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undrain:
+    """Take new requests again, whoever asked for the drain. A process that was told to end (SIGTERM) ends all
+    the same: its heartbeats go on saying that it drains."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRole:
+    """Take up another role in the same process: pool, prefix cache, epoch and transfer connections stay.
+
+    From here on new requests of the old role are refused (WRONG_ROLE, or `AttemptFailed` and `PushesSettled`
+    of a `StartPrefill`) and those of the new one are taken. What runs goes on, as `Migrate`, `Cancel` and
+    `Preempt` find it, whatever the role. `RoleChanged` follows when nothing of the old role is left; it is the
+    answer, at once, to the role that the worker has. The coordinator introduces the peers (`ConnectPeer`) that
+    the new role needs before it sends work. A later `ChangeRole` supersedes one that is under way.
+    """
+
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preempt:
+    """Give a request up for a more urgent one: a decode worker frees its blocks (full ones stay cached while
+    there is room) and answers `Preempted`, its last message of the attempt. Whoever asked begins a new attempt
+    later, with the tokens streamed so far. An attempt that it does not run, or that waits for pushes or is on
+    its way to another worker, is left alone and nothing is answered: `Cancel` is for those."""
+
+    attempt: AttemptId
 
 
 # --- up ---------------------------------------------------------------------------------------------
@@ -284,6 +363,23 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preempted:
+    """From a decode worker: the attempt was given up after `Preempt`. Every token of it was sent before; the
+    same seed goes on with the same ones."""
+
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleChanged:
+    """To every coordinator: the worker has this role, and nothing of another one is left on it."""
+
+    worker: WorkerId
+    epoch: int
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Orphaned:
     """From a decode worker, to every coordinator it meets: blocks are in quarantine for an attempt whose own
     coordinator is gone. Who can ask `writer` answers with `PushesSettled`."""
@@ -309,6 +405,28 @@ class BlockCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierCounts:
+    """What lies below a worker's pool: blocks that its prefix cache had to let go of. Counters since start."""
+
+    host_bytes: int = 0
+    """Occupied now."""
+    disk_bytes: int = 0
+    host_hit_tokens: int = 0
+    """Brought back into the pool."""
+    disk_hit_tokens: int = 0
+    bytes_stored: int = 0
+    bytes_loaded: int = 0
+    dropped_blocks: int = 0
+    """Left the lowest tier for want of room."""
+    missed_blocks: int = 0
+    """Evicted from the pool before they were stored."""
+    corrupt_blocks: int = 0
+    """Found damaged on disk, and not used."""
+    io_errors: int = 0
+    """Reads and writes of the disk that failed, a full disk included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """Sent off the compute loop, every `heartbeat_s`; silence means dead."""
 
@@ -330,6 +448,20 @@ class Heartbeat:
     draining: bool = False
     step_age_s: float = 0.0
     """How long the step under way has lasted; 0 between steps."""
+    tiers: TierCounts = TierCounts()
+    """All zero where there are none."""
+    role: Role | None = None
+    """What it takes new requests of; None: what `WorkerInfo` said. See `ChangeRole`."""
+    stopping: bool = False
+    """Its process was told to end: it drains, and is gone when it is empty or its time is up."""
+    preemptions: int = 0
+    """Since start: requests that lost their blocks to a more urgent one, for want of room or by `Preempt`."""
+    draft_tokens: int = 0
+    """Since start: proposed by speculative decoding."""
+    accepted_at: list[int] = field(default_factory=list)
+    """Since start: drafts accepted at each position of a proposal; their sum is the number accepted."""
+    proposed_at: list[int] = field(default_factory=list)
+    """Since start: drafts proposed at each position."""
 
 
 # --- across -----------------------------------------------------------------------------------------
@@ -369,6 +501,15 @@ class PushNote:
     handover: Handover | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixNote:
+    """Rides on the one push of a `PushPrefix`: how much of the prefix is in the peer's blocks now."""
+
+    attempt: AttemptId
+    num_tokens: int
+    """Whole blocks, those that were cached at the peer included."""
+
+
 Down = (
     Hello
     | ConnectPeer
@@ -376,10 +517,15 @@ Down = (
     | StartDecode
     | StartPrefill
     | Migrate
+    | ReceivePrefix
+    | PushPrefix
     | RenewLease
     | Cancel
     | PushesSettled
     | Drain
+    | Undrain
+    | ChangeRole
+    | Preempt
 )
 Up = (
     Hello
@@ -394,8 +540,10 @@ Up = (
     | KvArrived
     | Tokens
     | AttemptFailed
+    | Preempted
+    | RoleChanged
     | Orphaned
     | Heartbeat
 )
-Across = PushNote
+Across = PushNote | PrefixNote
 Message = Down | Up | Across
