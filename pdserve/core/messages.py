@@ -202,10 +202,6 @@ class Cancel:
 
     attempt: AttemptId
     reason: str
-    resumes: bool = False
-    """Preempted: made to give way to a more urgent request, and soon to start again, here or elsewhere, as a
-    new attempt whose `spec.tokens` begin with all that this one has told. Its KV is worth keeping where a
-    prefix is looked up, as long as nobody needs the room; the blocks are free to be taken at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
