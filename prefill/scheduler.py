@@ -347,6 +347,8 @@ class PrefillScheduler:
             waiting_tokens=self._queue.uncomputed_tokens,
             step_s=self._meter.step_s,
             tokens_per_s=self._meter.tokens_per_s,
+            tokens_computed=self._meter.tokens,
+            busy_s=self._meter.busy_s,
             prefix_hit_tokens=self._cache.stats.hit_tokens,
             prefix_query_tokens=self._cache.stats.query_tokens,
             steps=self._meter.steps,

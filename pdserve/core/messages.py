@@ -96,8 +96,8 @@ class StartDecode:
     """Reserve blocks for a request. The answer is `Reserved` or `Refused`.
 
     `prefill_worker` is who fills the blocks: a prefill worker, or the decode worker that a running request
-    moves away from. None: this worker reads the prompt itself (colocated, or cheaper than moving it). A worker
-    in the prefill role takes a request in this way only, reads the prompt and writes the whole answer; with a
+    moves away from. None: this worker reads the prompt itself (colocated, or cheaper than moving it). One in
+    the prefill role takes a request in this way only, reads the prompt and writes the whole answer; with a
     `prefill_worker` it answers `Refused` (WRONG_ROLE).
     """
 
@@ -147,13 +147,13 @@ class Migrate:
 class ReceivePrefix:
     """Make room for the beginning of a prompt, which `writer` has in its prefix cache and will push here.
 
-    To either role; a movement of its own, before and apart from any request: `attempt` names nothing else. The
-    answer is `Reserved` (blocks for every full block of `tokens`, those cached here first) or `Refused`.
+    To either role; a movement of its own, before and apart from any request: `attempt` names nothing else.
+    The answer is `Reserved` (blocks for every full block of `tokens`, those cached here first) or `Refused`.
     Then a coordinator sends `PushPrefix` to the writer, relays its last word as for a prefill
-    (`PushesSettled`, where that is what it says), renews the lease if it likes, and may `Cancel`. It ends with
-    exactly one `KvArrived` (the prefix is in the cache here: a `StartPrefill` or `StartDecode` that follows
-    hits it, unless it was evicted meanwhile) or `AttemptFailed`, none after `Cancel`. `Reserved` with all of
-    `tokens` cached ends it too: nothing is held, nothing is to be pushed.
+    (`PushesSettled`, where that is what it says), renews the lease if it likes, and may `Cancel`. It ends
+    with exactly one `KvArrived` (the prefix is in the cache here: a `StartPrefill` or `StartDecode` that
+    follows hits it, unless it was evicted meanwhile) or `AttemptFailed`, none after `Cancel`. `Reserved` with
+    all of `tokens` cached ends it too: nothing is held, nothing is to be pushed.
     """
 
     attempt: AttemptId
@@ -233,9 +233,9 @@ class ChangeRole:
 
     From here on new requests of the old role are refused (WRONG_ROLE, or `AttemptFailed` and `PushesSettled`
     of a `StartPrefill`) and those of the new one are taken. What runs goes on, as `Migrate`, `Cancel` and
-    `Preempt` find it, whatever the role. `RoleChanged` follows when nothing of the old role is left; it is the
-    answer, at once, to the role that the worker has. The coordinator introduces the peers (`ConnectPeer`) that
-    the new role needs before it sends work. A later `ChangeRole` supersedes one that is under way.
+    `Preempt` find it, whatever the role. `RoleChanged` follows when nothing of the old role is left, at once
+    for the role that the worker has. The coordinator introduces the peers (`ConnectPeer`) that the new role
+    needs before it sends work. A later `ChangeRole` supersedes one that is under way.
     """
 
     role: Role
@@ -244,7 +244,7 @@ class ChangeRole:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preempt:
     """Give a request up for a more urgent one: a decode worker frees its blocks (full ones stay cached while
-    there is room) and answers `Preempted`, its last message of the attempt. Whoever asked begins a new attempt
+    there is room) and answers `Preempted`, its last message of the attempt. Whoever asked begins a new one
     later, with the tokens streamed so far. An attempt that it does not run, or that waits for pushes or is on
     its way to another worker, is left alone and nothing is answered: `Cancel` is for those."""
 
@@ -270,6 +270,10 @@ class WorkerInfo:
     block_tokens: int
     max_model_len: int
     max_num_seqs: int
+    device: str = ""
+    """What it computes on: a GPU's name, or `cpu`."""
+    num_devices: float = 1.0
+    """GPUs (a share where one is shared), or cores: what is paid for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,7 +406,10 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierCounts:
-    """What lies below a worker's pool: blocks that its prefix cache had to let go of. Counters since start."""
+    """What lies below a worker's pool: blocks that its prefix cache had to let go of.
+
+    Counters since start, where nothing else is said.
+    """
 
     host_bytes: int = 0
     """Occupied now."""
@@ -420,6 +427,18 @@ class TierCounts:
     """Found damaged on disk, and not used."""
     io_errors: int = 0
     """Reads and writes of the disk that failed, a full disk included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUsage:
+    """Of the device a worker computes on, as the driver or the kernel says."""
+
+    utilisation: float
+    """Share of the time it computed, in [0, 1]; on a CPU, of the worker's cores."""
+    memory_used_bytes: int
+    """On a GPU by everybody, on a CPU by this process."""
+    memory_total_bytes: int
+    power_w: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,6 +463,12 @@ class Heartbeat:
     draining: bool = False
     step_age_s: float = 0.0
     """How long the step under way has lasted; 0 between steps."""
+    tokens_computed: int = 0
+    """Since start, prompt and answer."""
+    busy_s: float = 0.0
+    """Since start, in steps."""
+    device: DeviceUsage | None = None
+    """None: nothing could be read."""
     tiers: TierCounts = TierCounts()
     """All zero where there are none."""
     role: Role | None = None

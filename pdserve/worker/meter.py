@@ -15,6 +15,9 @@ class StepMeter:
         self.steps = 0
         self.step_s = 0.0
         self.tokens_per_s = 0.0
+        self.tokens = 0
+        """All there were."""
+        self.busy_s = 0.0
 
     def count(self, *, seconds: float, tokens: int) -> None:
         rate = tokens / seconds if seconds > 0 else 0.0
@@ -22,3 +25,5 @@ class StepMeter:
         self.step_s += weight * (seconds - self.step_s)
         self.tokens_per_s += weight * (rate - self.tokens_per_s)
         self.steps += 1
+        self.tokens += tokens
+        self.busy_s += seconds
