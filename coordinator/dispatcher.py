@@ -35,7 +35,7 @@ from coordinator.workers import WorkerLink
 from pdserve.core.channel import Channel
 from pdserve.core.errors import PdServeError, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
-from pdserve.core.messages import Heartbeat, Hello, Message, Refused, Up, WorkerInfo
+from pdserve.core.messages import Heartbeat, Hello, Message, Refused, RoleChanged, Up, WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,9 @@ class Dispatcher:
 def _request_of(event: Event) -> RequestId | None:
     match event:
         case FromWorker(message=message):
-            return None if isinstance(message, (Heartbeat, Hello, WorkerInfo)) else message.attempt.request
+            if isinstance(message, (Heartbeat, Hello, WorkerInfo, RoleChanged)):
+                return None
+            return message.attempt.request
         case ClientCancelled(request=request) | StopMatched(request=request) | Broken(request=request):
             return request
         case _:

@@ -49,7 +49,7 @@ def refusal_of(message: Refused, num_tokens: int, info: WorkerInfo) -> PdServeEr
             return BlockPoolExhausted(wanted=blocks_for(num_tokens + 1, info.block_tokens), free=0)
         case RefusalReason.UNKNOWN_PEER:
             return TransferError(f"worker {info.worker}: {message.detail}")
-        case RefusalReason.BATCH_FULL | RefusalReason.DRAINING:
+        case RefusalReason.BATCH_FULL | RefusalReason.DRAINING | RefusalReason.WRONG_ROLE:
             return Overloaded(f"worker {info.worker}: {message.detail or message.reason}")
         case _:
             assert_never(message.reason)

@@ -58,6 +58,7 @@ from pdserve.core.messages import (
     Refused,
     Reserved,
     Role,
+    RoleChanged,
     Tokens,
     TransferDone,
     Up,
@@ -185,7 +186,7 @@ class Registry:
         if isinstance(message, Heartbeat):
             state.heard(message)
             return []
-        if isinstance(message, (Hello, WorkerInfo)):
+        if isinstance(message, (Hello, WorkerInfo, RoleChanged)):
             return []
         if isinstance(message, Orphaned):
             return orphans.reported(self._book, event.worker, message)

@@ -46,6 +46,14 @@ _TAGGED: Final[tuple[type, ...]] = (
     messages.PushesSettled,
     messages.Migrate,
     messages.Orphaned,
+    messages.Undrain,
+    messages.ChangeRole,
+    messages.Preempt,
+    messages.Preempted,
+    messages.RoleChanged,
+    messages.ReceivePrefix,
+    messages.PushPrefix,
+    messages.PrefixNote,
 )
 _TAG_OF: Final[dict[type, int]] = {cls: tag for tag, cls in enumerate(_TAGGED)}
 
