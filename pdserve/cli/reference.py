@@ -73,6 +73,10 @@ def configuration_page() -> str:
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             lines += ["", f"## {name}", "", *_TABLE_HEAD, *_rows(section)]
+            for key, inner in section.model_fields.items():
+                entry = _entry_type(inner.annotation)
+                if entry is not None:
+                    lines += ["", f"### {name}.{key}.NAME", "", *_TABLE_HEAD, *_rows(entry)]
         else:
             plain.append(_row(name, field))
     lines += ["", "## Top level", "", *_TABLE_HEAD, *plain]
@@ -86,6 +90,9 @@ def knobs() -> Iterator[tuple[str, str, str]]:
         if isinstance(section, type) and issubclass(section, BaseModel):
             for key, inner in section.model_fields.items():
                 yield f"{name}.{key}", type_name(inner.annotation), _default(inner)
+                entry = _entry_type(inner.annotation)
+                for inmost, field in (entry.model_fields if entry else {}).items():
+                    yield f"{name}.{key}.NAME.{inmost}", type_name(field.annotation), _default(field)
         else:
             yield name, type_name(field.annotation), _default(field)
 
@@ -112,6 +119,17 @@ def type_name(annotation: Any) -> str:
     return names.get(annotation, str(annotation))
 
 
+def _entry_type(annotation: Any) -> type[BaseModel] | None:
+    """What a mapping from names to settings holds; None for anything else."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is dict:
+        value = typing.get_args(annotation)[1]
+        if isinstance(value, type) and issubclass(value, BaseModel):
+            return value
+    return None
+
+
 def _rows(section: type[BaseModel]) -> Iterator[str]:
     for key, field in section.model_fields.items():
         yield _row(key, field)
@@ -128,6 +146,8 @@ def _default(field: FieldInfo) -> str:
         return "nothing"
     if isinstance(value, enum.Enum):
         value = value.value
+    if isinstance(value, dict) and value:
+        return ", ".join(f"`{name}`" for name in value)
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -8,10 +8,18 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pdserve.core.errors import ConfigError
 
@@ -44,6 +52,7 @@ class Admission(StrEnum):
     OFF = "off"
     DEADLINE = "deadline"
     TTFT = "ttft"
+    TARGETS = "targets"
 
 
 class TransferBackendName(StrEnum):
@@ -152,6 +161,73 @@ class TransferSettings(_Frozen):
     worker's environment wins."""
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SlaClassSettings(_Frozen):
+    """What requests of a class want, where they do not say so themselves."""
+
+    ttft_target_ms: Positive | None = None
+    """From arrival to the first token."""
+    tpot_target_ms: Positive | None = None
+    """Mean time per token after the first."""
+    tokens_per_second: Positive | None = None
+    """The same, as a speed: give one of the two."""
+    deadline_s: Seconds | None = None
+    """A request that has not ended by then fails."""
+    priority: int | None = None
+    """Lower is more urgent; 0 where neither the request nor its class says."""
+    preemptible: bool | None = None
+    """May be interrupted by a more urgent request that would come too late otherwise, and goes on later with
+    the tokens it has. No, where neither the model's class nor the coordinator's says."""
+    queue_ttl_s: Seconds | None = None
+    """Refused when it has waited this long without having begun; coordinator.queue_ttl_s by default."""
+
+    @model_validator(mode="after")
+    def _one_speed(self) -> Self:
+        if self.tpot_target_ms is not None and self.tokens_per_second is not None:
+            raise ValueError("give tpot_target_ms or tokens_per_second, not both")
+        return self
+
+
+class TenantSettings(_Frozen):
+    """What one tenant may use. A request of `n` samples counts n times."""
+
+    weight: Positive = 1.0
+    """Share of the tokens, against the other tenants that wait with the same priority."""
+    max_requests_per_s: Positive | None = None
+    """More are refused, once `burst_s` seconds' worth have come at once."""
+    max_tokens_per_s: Positive | None = None
+    """Prompt and answer together; an answer is counted by its expected length until it has ended."""
+    burst_s: Seconds = 10.0
+    """How many seconds' worth of the rates may come at once."""
+    max_concurrent: PositiveInt | None = None
+    """More running or waiting at the same time are refused."""
+    max_queued: PositiveInt | None = None
+    """More waiting at the same time are refused."""
+
+
+_CLASSES: Final = {
+    "interactive": SlaClassSettings(priority=0),
+    "batch": SlaClassSettings(priority=10, preemptible=True),
+}
+
+
+def _with_standard_classes(given: object) -> object:
+    """What is given of `interactive` and `batch` is laid over what they are."""
+    if not isinstance(given, dict):
+        return given
+    merged: dict[str, object] = {name: standard.model_dump() for name, standard in _CLASSES.items()}
+    for name, fields in given.items():
+        standard = merged.get(name)
+        laid_over = isinstance(standard, dict) and isinstance(fields, dict)
+        merged[name] = {**standard, **fields} if laid_over else fields  # type: ignore[dict-item]
+    return merged
+
+
+Classes = Annotated[dict[str, SlaClassSettings], BeforeValidator(_with_standard_classes)]
+
+
 class CoordinatorSettings(_Frozen):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
@@ -163,9 +239,24 @@ class CoordinatorSettings(_Frozen):
     """How a request's workers are chosen."""
     admission: Annotated[Admission, BeforeValidator(_off)] = Admission.DEADLINE
     """With policy sla: refuse at once, with RESOURCE_EXHAUSTED and when to come back, a request whose first
-    token cannot come before its deadline (or its TTFT target), whoever serves it."""
+    token cannot come before its deadline (ttft: or its TTFT target), whoever serves it. targets: as ttft,
+    and refuse one whose TPOT target nobody can meet, and let one wait that would make others miss theirs."""
     max_queued_requests: PositiveInt = 1024
-    """More than this many waiting are refused with RESOURCE_EXHAUSTED."""
+    """More than this many waiting are refused with RESOURCE_EXHAUSTED, the least urgent first."""
+    queue_ttl_s: Seconds | None = None
+    """A request that has waited this long without having begun is refused; nothing: until its deadline."""
+    preemption: bool = True
+    """A request that would miss its TTFT target for want of room takes that of a less urgent one whose
+    class is preemptible."""
+    max_preemptions: Annotated[int, Field(ge=0)] = 3
+    """A request is interrupted this often at most."""
+    classes: Classes = Field(default_factory=lambda: dict(_CLASSES))
+    """Service classes that requests name with sla_class, by name. Those here are added to `interactive`
+    (priority 0) and `batch` (priority 10, preemptible), or replace them."""
+    default_class: str | None = None
+    """Class of a request that names none."""
+    tenants: dict[str, TenantSettings] = Field(default_factory=dict)
+    """Limits and weights, by the tenant that requests name; `*` is for each of those that are not listed."""
     max_message_mib: PositiveInt = 16
     """A larger gRPC message is refused."""
     max_attempts: PositiveInt = 3
@@ -180,6 +271,15 @@ class CoordinatorSettings(_Frozen):
     """Longest answer of a request that does not say."""
     default_timeout_s: Seconds = 600.0
     """Deadline of a request whose client set none."""
+    explain_last: Annotated[int, Field(ge=0)] = 512
+    """How many requests `pdserve explain` remembers, running ones included; a few kilobytes each."""
+
+    @model_validator(mode="after")
+    def _known_default_class(self) -> Self:
+        if self.default_class is not None and self.default_class not in self.classes:
+            known = ", ".join(sorted(self.classes))
+            raise ValueError(f"default_class: {self.default_class!r} is none of the classes ({known})")
+        return self
 
 
 class ClusterSettings(_Frozen):
@@ -202,6 +302,9 @@ class ClusterSettings(_Frozen):
     """How often a worker tells the coordinator how it is."""
     start_timeout_s: Seconds = 300.0
     """A worker that has not loaded its model by then has failed."""
+    linger_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long workers outlive a `pdserve serve` that was killed, so that the next one with the same settings
+    takes them over without loading anything. 0: they end with it."""
 
 
 class ServeConfig(_Frozen):
@@ -229,12 +332,23 @@ def load_config(path: Path | None, overrides: dict[str, dict[str, Any]]) -> Serv
         if not isinstance(tree, dict):
             raise ConfigError(f"--config {path}: wanted a mapping, found {type(tree).__name__}")
     for section, fields in overrides.items():
-        if fields:
-            tree[section] = {**(tree.get(section) or {}), **fields}
+        for key, value in fields.items():
+            _set(tree, (section, *key.split(".")), value)
     try:
         return ServeConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from error
+
+
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+    """Put `value` at `path`, making the mappings on the way; what the file has is left as it is."""
+    for index, part in enumerate(path[:-1]):
+        inner = tree.get(part)
+        if inner is not None and not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(path[: index + 1])}: wanted a mapping, found {inner!r}")
+        tree[part] = inner = dict(inner or {})
+        tree = inner
+    tree[path[-1]] = value
 
 
 def _one_line(error: ValidationError) -> str:
