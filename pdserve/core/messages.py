@@ -477,12 +477,10 @@ class Heartbeat:
     """Its process was told to end: it drains, and is gone when it is empty or its time is up."""
     preemptions: int = 0
     """Since start: requests that lost their blocks to a more urgent one, for want of room or by `Preempt`."""
-    draft_tokens: int = 0
-    """Since start: proposed by speculative decoding."""
-    accepted_at: list[int] = field(default_factory=list)
-    """Since start: drafts accepted at each position of a proposal; their sum is the number accepted."""
     proposed_at: list[int] = field(default_factory=list)
-    """Since start: drafts proposed at each position."""
+    """Since start: tokens that speculative decoding proposed, by their position in a proposal."""
+    accepted_at: list[int] = field(default_factory=list)
+    """Of these, accepted."""
 
 
 # --- across -----------------------------------------------------------------------------------------

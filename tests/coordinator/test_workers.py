@@ -13,7 +13,7 @@ import pytest
 from coordinator.workers import dial
 from pdserve.core.channel import Channel, listen
 from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound, ProtocolError, WorkerLost
-from pdserve.core.layout import Fingerprint
+from pdserve.core.layout import PROTOCOL_VERSION, Fingerprint
 from pdserve.core.messages import Drain, Hello, Message, Role
 from tests.support.deployment import deployed, scenario
 from tests.support.model_workers import FINGERPRINT, worker_info
@@ -54,7 +54,7 @@ async def test_somebody_who_does_not_introduce_himself_in_time_is_left(tmp_path:
 async def test_another_protocol_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
     hello = Hello(protocol=99, sender="w")
     async with answering(tmp_path, hello, worker_info("w", Role.DECODE)) as address:
-        with pytest.raises(ProtocolError, match="speaks protocol 99, this process 1"):
+        with pytest.raises(ProtocolError, match=f"speaks protocol 99, this process {PROTOCOL_VERSION}"):
             await dial(address, sender="test")
 
 
