@@ -30,6 +30,11 @@ class NewRequest:
     ttft_target_s: float | None = None
     tpot_target_s: float | None = None
     priority: int = 0
+    preemptible: bool = False
+    """May be interrupted, and go on later, to make room for a more urgent request."""
+    queue_ttl_s: float | None = None
+    """Refused when it has waited this long without having begun. None: as configured."""
+    sla_class: str = ""
     tenant: str = ""
     first_epoch: int = 0
     """Epoch of the first attempt. A request that reuses an id starts above every epoch the id ever had."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from coordinator.breakdown import after_first_token, before_first_token, longest
 from coordinator.events import NewRequest
 from coordinator.report import Report
 from coordinator.router import Placement
@@ -59,6 +60,7 @@ class Flight:
     """The attempt it will be once it has moved to another decode worker."""
     move_after: float = 0.0
     migrations: int = 0
+    preemptions: int = 0
     prefix_at: WorkerId | None = None
     """A prefill worker that read its prompt in an earlier attempt, and likely has it in its cache."""
     prompt_logprobs_sent: bool = False
@@ -120,6 +122,19 @@ class Flight:
             priority=request.priority,
         )
 
+    def blamed(self, report: Report) -> tuple[str, str]:
+        """What took longest where its TTFT and its TPOT target were missed; empty where they were met."""
+        ttft, tpot, history = "", "", self.record.history
+        if self.first_token_at is None or self.last_token_at is None:
+            return ttft, tpot
+        if report.ttft_met is False:
+            ttft = longest(
+                before_first_token(history, self.first_token_at, prefill_queue_s=report.prefill_queue_s)
+            )
+        if report.tpot_met is False:
+            tpot = longest(after_first_token(history, self.first_token_at, self.last_token_at))
+        return ttft, tpot
+
     def add_output(self, tokens: list[int], now: float) -> None:
         self.output.extend(tokens)
         if self.first_token_at is None:
@@ -127,6 +142,11 @@ class Flight:
         self.last_token_at = now
 
     def report(self, now: float) -> Report:
+        report = self._report(now)
+        ttft, tpot = self.blamed(report)
+        return dataclasses.replace(report, ttft_missed_in=ttft, tpot_missed_in=tpot)
+
+    def _report(self, now: float) -> Report:
         request, attempt = self.request, self.attempt
         waited = self.record.seconds_in(Phase.QUEUED, now=now) + self.record.seconds_in(
             Phase.ADMITTED, now=now
@@ -140,6 +160,8 @@ class Flight:
             output_tokens=len(self.output),
             attempts=self.attempts,
             migrations=self.migrations,
+            sla_class=request.sla_class,
+            preemptions=self.preemptions,
             e2e_s=now - self.record.created,
             queue_s=waited,
             ttft_s=None if self.first_token_at is None else self.first_token_at - self.record.created,
@@ -155,6 +177,7 @@ class Flight:
         return dataclasses.replace(
             report,
             queue_s=waited + attempt.prefill_queue_s,
+            prefill_queue_s=attempt.prefill_queue_s,
             prefill_s=None if done is None else done.compute_s,
             transfer_exposed_s=None if transfer is None else transfer.exposed_s,
             transfer_busy_s=None if transfer is None else transfer.busy_s,

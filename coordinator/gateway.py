@@ -27,6 +27,7 @@ from coordinator.metrics import Metrics
 from coordinator.models import LoadedModel
 from coordinator.whole import WholeAnswer
 from coordinator.wire import status_of
+from pdserve.core.config import SlaClassSettings
 from pdserve.core.errors import InvalidRequest, PdServeError
 from pdserve.core.messages import Role
 from pdserve.core.proto.pdserve.v1 import generation_pb2 as pb
@@ -54,6 +55,8 @@ class GatewaySettings:
     default_timeout_s: float
     max_attempts: int
     limits: SamplingLimits
+    classes: Mapping[str, SlaClassSettings]
+    default_class: str | None
 
 
 class Gateway:
@@ -138,9 +141,14 @@ class Gateway:
             raise InvalidRequest(field="message", value=request.why, limit="a GenerateRequest, text as UTF-8")
         settings = self._settings
         checked = validation.check(
-            request, self._models, limits=settings.limits, default_max_tokens=settings.default_max_tokens
+            request,
+            self._models,
+            limits=settings.limits,
+            default_max_tokens=settings.default_max_tokens,
+            classes=settings.classes,
+            default_class=settings.default_class,
         )
-        timeouts = [settings.default_timeout_s, checked.deadline_s, context.time_remaining()]
+        timeouts = [settings.default_timeout_s, checked.contract.deadline_s, context.time_remaining()]
         timeout_s = min(timeout for timeout in timeouts if timeout is not None)
         samples = validation.samples(
             checked,

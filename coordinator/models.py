@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from pdserve.core.config import SlaClassSettings
 from pdserve.core.errors import CheckpointError, ConfigError
 from pdserve.text import generation_defaults
 from pdserve.text.generation_defaults import GenerationDefaults
@@ -23,6 +25,12 @@ class ServedModel:
     """Longest prompt + answer, in tokens."""
     vocab_size: int
     """Rows of the embedding: token ids are below this."""
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use."""
+    classes: Mapping[str, SlaClassSettings] = field(default_factory=dict)
+    """What service classes mean for this model, before what the coordinator's configuration says."""
+    default_class: str | None = None
+    """Before the coordinator's."""
 
     @classmethod
     def from_dir(cls, model_dir: Path, *, name: str | None = None, max_model_len: int | None = None) -> Self:

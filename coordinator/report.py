@@ -40,6 +40,14 @@ class Report:
     predicted_ttft_s: float | None = None
     predicted_tpot_s: float | None = None
     """As predicted when it was placed first."""
+    sla_class: str = ""
+    preemptions: int = 0
+    """How often it was interrupted by more urgent requests."""
+    prefill_queue_s: float = 0.0
+    """Waiting at the prefill worker, last attempt; a part of `queue_s`."""
+    ttft_missed_in: str = ""
+    tpot_missed_in: str = ""
+    """What took longest of the time that a missed target is about (see `breakdown`)."""
     placement: str = ""
     """Why these workers: candidates and scores of the last placement."""
 
@@ -57,6 +65,19 @@ class Report:
     def tpot_met(self) -> bool | None:
         """None without a target. Fewer than two tokens cannot miss it."""
         return _met(self.tpot_s, self.tpot_target_s, missing=True)
+
+    @property
+    def ttft_late_s(self) -> float | None:
+        """By how much its target was missed; below zero: how much was left. None without both."""
+        return _late(self.ttft_s, self.ttft_target_s)
+
+    @property
+    def tpot_late_s(self) -> float | None:
+        return _late(self.tpot_s, self.tpot_target_s)
+
+
+def _late(value: float | None, target: float | None) -> float | None:
+    return None if value is None or target is None else value - target
 
 
 def _met(value: float | None, target: float | None, *, missing: bool) -> bool | None:

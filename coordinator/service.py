@@ -216,6 +216,8 @@ def _gateway_settings(settings: CoordinatorSettings) -> GatewaySettings:
         default_timeout_s=settings.default_timeout_s,
         max_attempts=settings.max_attempts,
         limits=SamplingLimits(),
+        classes=settings.classes,
+        default_class=settings.default_class,
     )
 
 

@@ -6,8 +6,10 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final
 
+from coordinator.contract import Classes, Contract, resolve
 from coordinator.events import NewRequest
 from coordinator.models import LoadedModel
 from pdserve.core.errors import InvalidRequest, ModelNotFound, PromptTooLong
@@ -17,7 +19,6 @@ from pdserve.core.sampling import SamplingLimits, SamplingParams
 from pdserve.text.chat import ChatMessage
 
 MAX_ID_CHARS: Final = 128
-MAX_TARGET_MS: Final = 86_400_000.0
 _SCALARS: Final = (
     "temperature",
     "top_k",
@@ -46,10 +47,7 @@ class Checked:
     client_chose_id: bool
     model: LoadedModel
     sampling: SamplingParams
-    ttft_target_s: float | None
-    tpot_target_s: float | None
-    deadline_s: float | None
-    priority: int
+    contract: Contract
     tenant: str
 
 
@@ -68,6 +66,8 @@ def check(
     *,
     limits: SamplingLimits,
     default_max_tokens: int,
+    classes: Classes = MappingProxyType({}),
+    default_class: str | None = None,
 ) -> Checked:
     """Raises `InvalidRequest` or `ModelNotFound`. Costs little, whatever the request holds."""
     model = find_model(request.model, models)
@@ -85,10 +85,7 @@ def check(
         client_chose_id=bool(request.request_id),
         model=model,
         sampling=sampling,
-        ttft_target_s=_seconds(request, "ttft_target_ms"),
-        tpot_target_s=_seconds(request, "tpot_target_ms"),
-        deadline_s=_seconds(request, "deadline_ms"),
-        priority=request.priority,
+        contract=resolve(request, classes, model.served.classes, model.served.default_class or default_class),
         tenant=request.tenant,
     )
 
@@ -159,6 +156,7 @@ def samples(
     sampling = replace(
         asked, n=1, max_tokens=min(asked.max_tokens, room), min_tokens=min(asked.min_tokens, room)
     )
+    contract = checked.contract
     salt = cache_salt(checked.model.served.name, checked.tenant)
     base = NewRequest(
         id=checked.id,
@@ -170,9 +168,12 @@ def samples(
         arrival=arrival,
         arrived=arrived,
         deadline=deadline,
-        ttft_target_s=checked.ttft_target_s,
-        tpot_target_s=checked.tpot_target_s,
-        priority=checked.priority,
+        ttft_target_s=contract.ttft_target_s,
+        tpot_target_s=contract.tpot_target_s,
+        priority=contract.priority,
+        preemptible=contract.preemptible,
+        queue_ttl_s=contract.queue_ttl_s,
+        sla_class=contract.sla_class,
         tenant=checked.tenant,
         first_epoch=first_epoch,
     )
@@ -243,12 +244,3 @@ def _require_text(field: str, value: str, allowed: frozenset[str]) -> None:
     if len(value) > MAX_ID_CHARS or not allowed.issuperset(value):
         limit = f"at most {MAX_ID_CHARS} printable ASCII characters without spaces"
         raise InvalidRequest(field=field, value=value, limit=limit)
-
-
-def _seconds(request: pb.GenerateRequest, field: str) -> float | None:
-    if not request.HasField(field):  # type: ignore[arg-type]  # the stubs want a literal
-        return None
-    value: float = getattr(request, field)
-    if not 0.0 < value <= MAX_TARGET_MS:  # False for NaN too
-        raise InvalidRequest(field=field, value=value, limit=f"in (0, {MAX_TARGET_MS:g}] milliseconds")
-    return value / 1e3

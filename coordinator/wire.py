@@ -63,6 +63,17 @@ def timings(report: Report) -> pb.Timings:
         prefill_worker=report.prefill_worker,
         decode_worker=report.decode_worker,
         attempts=report.attempts,
+        sla_class=report.sla_class,
+        ttft_target_s=report.ttft_target_s,
+        tpot_target_s=report.tpot_target_s,
+        ttft_late_s=report.ttft_late_s,
+        tpot_late_s=report.tpot_late_s,
+        ttft_missed_in=report.ttft_missed_in,
+        tpot_missed_in=report.tpot_missed_in,
+        ttft_predicted_s=report.predicted_ttft_s,
+        tpot_predicted_s=report.predicted_tpot_s,
+        preemptions=report.preemptions,
+        prefill_queue_s=report.prefill_queue_s,
     )
 
 

@@ -48,6 +48,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on to max_tokens.")] = False,
+    sla_class: Annotated[
+        str | None, typer.Option("--class", help="Service class, such as interactive or batch.")
+    ] = None,
+    ttft_ms: Annotated[float | None, typer.Option(help="Target for the first token.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Target per token after the first.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="The same target, as a speed.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose request it is: limits and fair shares.")] = None,
     priority: Annotated[int | None, typer.Option(help="Lower is more urgent.")] = None,
     deadline_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the deltas as JSON lines.")] = False,
@@ -71,6 +78,11 @@ def generate(
         seed=seed,
         stop=stop,
         ignore_eos=ignore_eos or None,
+        sla_class=sla_class,
+        ttft_target_ms=ttft_ms,
+        tpot_target_ms=tpot_ms,
+        tokens_per_second=tokens_per_second,
+        tenant=tenant,
         priority=priority,
         deadline_s=deadline_s,
     )

@@ -16,7 +16,31 @@ def summary_line(usage: Usage, timings: Timings, finish: str) -> str:
     parts.append(_moved(timings))
     if timings.attempts > 1:
         parts.append(f"{timings.attempts} attempts")
+    if timings.preemptions:
+        parts.append(f"interrupted {timings.preemptions} times by more urgent requests")
+    parts += promises(timings)
     return " | ".join(parts)
+
+
+def promises(timings: Timings) -> list[str]:
+    """For each target: met or missed, by how much, and what took the time."""
+    named = f" ({timings.sla_class})" if timings.sla_class else ""
+    return [
+        f"{what} target {milliseconds(target)}{named} {_verdict(late, blamed)}"
+        for what, target, late, blamed in (
+            ("TTFT", timings.ttft_target_s, timings.ttft_late_s, timings.ttft_missed_in),
+            ("TPOT", timings.tpot_target_s, timings.tpot_late_s, timings.tpot_missed_in),
+        )
+        if target is not None
+    ]
+
+
+def _verdict(late_s: float | None, blamed: str) -> str:
+    if late_s is None:
+        return "met"  # fewer than two tokens have no time between them
+    if late_s <= 0:
+        return f"met with {milliseconds(-late_s)} to spare"
+    return f"missed by {milliseconds(late_s)}, most of it in {blamed.replace('_', ' ')}"
 
 
 def milliseconds(seconds: float) -> str:

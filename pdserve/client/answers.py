@@ -46,6 +46,23 @@ class Timings:
     """Empty when the decode worker read the prompt itself."""
     decode_worker: str
     attempts: int
+    prefill_queue_s: float = 0.0
+    """Waiting at the prefill worker; a part of `queue_s`."""
+    preemptions: int = 0
+    """How often it was interrupted by more urgent requests."""
+    sla_class: str = ""
+    ttft_target_s: float | None = None
+    tpot_target_s: float | None = None
+    """What was asked for, after defaults of its class."""
+    ttft_late_s: float | None = None
+    tpot_late_s: float | None = None
+    """By how much a target was missed; below zero: how much was left."""
+    ttft_missed_in: str = ""
+    tpot_missed_in: str = ""
+    """What took longest where a target was missed: queue, prefill_queue, prefill, transfer, decode, moving or
+    retry."""
+    ttft_predicted_s: float | None = None
+    tpot_predicted_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +218,17 @@ def _timings(wire: pb.Timings) -> Timings:
         prefill_worker=wire.prefill_worker,
         decode_worker=wire.decode_worker,
         attempts=wire.attempts,
+        prefill_queue_s=wire.prefill_queue_s,
+        preemptions=wire.preemptions,
+        sla_class=wire.sla_class,
+        ttft_target_s=wire.ttft_target_s if wire.HasField("ttft_target_s") else None,
+        tpot_target_s=wire.tpot_target_s if wire.HasField("tpot_target_s") else None,
+        ttft_late_s=wire.ttft_late_s if wire.HasField("ttft_late_s") else None,
+        tpot_late_s=wire.tpot_late_s if wire.HasField("tpot_late_s") else None,
+        ttft_missed_in=wire.ttft_missed_in,
+        tpot_missed_in=wire.tpot_missed_in,
+        ttft_predicted_s=wire.ttft_predicted_s if wire.HasField("ttft_predicted_s") else None,
+        tpot_predicted_s=wire.tpot_predicted_s if wire.HasField("tpot_predicted_s") else None,
     )
 
 

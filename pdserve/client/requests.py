@@ -37,6 +37,8 @@ class RequestOptions(TypedDict, total=False):
     add_generation_prompt: bool | None
     ttft_target_ms: float | None
     tpot_target_ms: float | None
+    tokens_per_second: float | None
+    sla_class: str | None
     deadline_s: float | None
     priority: int | None
     tenant: str | None
@@ -46,7 +48,10 @@ _SAMPLING: Final = frozenset(
     {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
     | {"seed", "max_tokens", "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs", "n"}
 )
-_REQUEST: Final = frozenset({"model", "request_id", "ttft_target_ms", "tpot_target_ms", "priority", "tenant"})
+_REQUEST: Final = frozenset(
+    {"model", "request_id", "ttft_target_ms", "tpot_target_ms", "tokens_per_second", "sla_class"}
+    | {"priority", "tenant"}
+)
 
 
 def build_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from coordinator.book import RegistrySettings
 from coordinator.events import (
@@ -45,7 +46,9 @@ def new_request(
     sampling: SamplingParams | None = None,
     priority: int = 0,
     arrived: float = 0.0,
+    **more: Any,
 ) -> NewRequest:
+    """more: further fields of `NewRequest`."""
     return NewRequest(
         id=RequestId(name),
         model=MODEL,
@@ -57,6 +60,7 @@ def new_request(
         arrived=arrived,
         deadline=deadline,
         priority=priority,
+        **more,
     )
 
 

@@ -56,6 +56,8 @@ class GenerateRequest(message.Message):
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
+    SLA_CLASS_FIELD_NUMBER: builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
     model: builtins.str
     """As ListModels names it; may stay empty while exactly one model is served."""
     request_id: builtins.str
@@ -71,6 +73,12 @@ class GenerateRequest(message.Message):
     """Lower is more urgent; 0 by default."""
     tenant: builtins.str
     """Whose request it is; prefix caches are not shared between tenants."""
+    sla_class: builtins.str
+    """A class of the server's configuration (coordinator.classes, or the model's own), whose targets, deadline and
+    priority hold where this request has none; coordinator.default_class when empty.
+    """
+    tokens_per_second: builtins.float
+    """tpot_target_ms as a speed: give one of the two."""
     @builtins.property
     def token_ids(self) -> TokenIds:
         """Used as they are."""
@@ -95,15 +103,19 @@ class GenerateRequest(message.Message):
         deadline_ms: builtins.float | None = ...,
         priority: builtins.int | None = ...,
         tenant: builtins.str = ...,
+        sla_class: builtins.str = ...,
+        tokens_per_second: builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_deadline_ms", b"_deadline_ms", "_priority", b"_priority", "_tpot_target_ms", b"_tpot_target_ms", "_ttft_target_ms", b"_ttft_target_ms", "chat", b"chat", "deadline_ms", b"deadline_ms", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids", "tpot_target_ms", b"tpot_target_ms", "ttft_target_ms", b"ttft_target_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_deadline_ms", b"_deadline_ms", "_priority", b"_priority", "_tokens_per_second", b"_tokens_per_second", "_tpot_target_ms", b"_tpot_target_ms", "_ttft_target_ms", b"_ttft_target_ms", "chat", b"chat", "deadline_ms", b"deadline_ms", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids", "tokens_per_second", b"tokens_per_second", "tpot_target_ms", b"tpot_target_ms", "ttft_target_ms", b"ttft_target_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_deadline_ms", b"_deadline_ms", "_priority", b"_priority", "_tpot_target_ms", b"_tpot_target_ms", "_ttft_target_ms", b"_ttft_target_ms", "chat", b"chat", "deadline_ms", b"deadline_ms", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids", "tpot_target_ms", b"tpot_target_ms", "ttft_target_ms", b"ttft_target_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_deadline_ms", b"_deadline_ms", "_priority", b"_priority", "_tokens_per_second", b"_tokens_per_second", "_tpot_target_ms", b"_tpot_target_ms", "_ttft_target_ms", b"_ttft_target_ms", "chat", b"chat", "deadline_ms", b"deadline_ms", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "sla_class", b"sla_class", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids", "tokens_per_second", b"tokens_per_second", "tpot_target_ms", b"tpot_target_ms", "ttft_target_ms", b"ttft_target_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_second: _TypeAlias = typing.Literal["tokens_per_second"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_second: _TypeAlias = typing.Literal["_tokens_per_second", b"_tokens_per_second"]  # noqa: Y015
     _WhichOneofReturnType__tpot_target_ms: _TypeAlias = typing.Literal["tpot_target_ms"]  # noqa: Y015
     _WhichOneofArgType__tpot_target_ms: _TypeAlias = typing.Literal["_tpot_target_ms", b"_tpot_target_ms"]  # noqa: Y015
     _WhichOneofReturnType__ttft_target_ms: _TypeAlias = typing.Literal["ttft_target_ms"]  # noqa: Y015
@@ -114,6 +126,8 @@ class GenerateRequest(message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_target_ms) -> _WhichOneofReturnType__tpot_target_ms | None: ...
     @typing.overload
@@ -445,6 +459,17 @@ class Timings(message.Message):
     PREFILL_WORKER_FIELD_NUMBER: builtins.int
     DECODE_WORKER_FIELD_NUMBER: builtins.int
     ATTEMPTS_FIELD_NUMBER: builtins.int
+    SLA_CLASS_FIELD_NUMBER: builtins.int
+    TTFT_TARGET_S_FIELD_NUMBER: builtins.int
+    TPOT_TARGET_S_FIELD_NUMBER: builtins.int
+    TTFT_LATE_S_FIELD_NUMBER: builtins.int
+    TPOT_LATE_S_FIELD_NUMBER: builtins.int
+    TTFT_MISSED_IN_FIELD_NUMBER: builtins.int
+    TPOT_MISSED_IN_FIELD_NUMBER: builtins.int
+    TTFT_PREDICTED_S_FIELD_NUMBER: builtins.int
+    TPOT_PREDICTED_S_FIELD_NUMBER: builtins.int
+    PREEMPTIONS_FIELD_NUMBER: builtins.int
+    PREFILL_QUEUE_S_FIELD_NUMBER: builtins.int
     queue_s: builtins.float
     """Waiting for a worker, on both the coordinator and the prefill worker."""
     prefill_s: builtins.float
@@ -464,6 +489,25 @@ class Timings(message.Message):
     """Empty when the decode worker read the prompt itself."""
     decode_worker: builtins.str
     attempts: builtins.int
+    sla_class: builtins.str
+    """What was asked for, after defaults of its class."""
+    ttft_target_s: builtins.float
+    tpot_target_s: builtins.float
+    ttft_late_s: builtins.float
+    """By how much a target was missed; below zero: how much was left. Absent without a target."""
+    tpot_late_s: builtins.float
+    ttft_missed_in: builtins.str
+    """What took longest of the time that the target is about: queue, prefill_queue, prefill, transfer, decode,
+    moving (to another worker) or retry (all over again after a loss or a preemption). Empty when it was met.
+    """
+    tpot_missed_in: builtins.str
+    ttft_predicted_s: builtins.float
+    """As predicted when the request was placed first; absent where nothing was."""
+    tpot_predicted_s: builtins.float
+    preemptions: builtins.int
+    """How often it was interrupted by more urgent requests."""
+    prefill_queue_s: builtins.float
+    """Waiting at the prefill worker, last attempt; a part of queue_s."""
     def __init__(
         self,
         *,
@@ -479,12 +523,46 @@ class Timings(message.Message):
         prefill_worker: builtins.str = ...,
         decode_worker: builtins.str = ...,
         attempts: builtins.int = ...,
+        sla_class: builtins.str = ...,
+        ttft_target_s: builtins.float | None = ...,
+        tpot_target_s: builtins.float | None = ...,
+        ttft_late_s: builtins.float | None = ...,
+        tpot_late_s: builtins.float | None = ...,
+        ttft_missed_in: builtins.str = ...,
+        tpot_missed_in: builtins.str = ...,
+        ttft_predicted_s: builtins.float | None = ...,
+        tpot_predicted_s: builtins.float | None = ...,
+        preemptions: builtins.int = ...,
+        prefill_queue_s: builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_tpot_late_s", b"_tpot_late_s", "_tpot_predicted_s", b"_tpot_predicted_s", "_tpot_target_s", b"_tpot_target_s", "_ttft_late_s", b"_ttft_late_s", "_ttft_predicted_s", b"_ttft_predicted_s", "_ttft_target_s", b"_ttft_target_s", "tpot_late_s", b"tpot_late_s", "tpot_predicted_s", b"tpot_predicted_s", "tpot_target_s", b"tpot_target_s", "ttft_late_s", b"ttft_late_s", "ttft_predicted_s", b"ttft_predicted_s", "ttft_target_s", b"ttft_target_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempts", b"attempts", "bytes_moved", b"bytes_moved", "decode_worker", b"decode_worker", "e2e_s", b"e2e_s", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "queue_s", b"queue_s", "tpot_s", b"tpot_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_gb_per_s", b"transfer_gb_per_s", "transfer_path", b"transfer_path", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_tpot_late_s", b"_tpot_late_s", "_tpot_predicted_s", b"_tpot_predicted_s", "_tpot_target_s", b"_tpot_target_s", "_ttft_late_s", b"_ttft_late_s", "_ttft_predicted_s", b"_ttft_predicted_s", "_ttft_target_s", b"_ttft_target_s", "attempts", b"attempts", "bytes_moved", b"bytes_moved", "decode_worker", b"decode_worker", "e2e_s", b"e2e_s", "preemptions", b"preemptions", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "queue_s", b"queue_s", "sla_class", b"sla_class", "tpot_late_s", b"tpot_late_s", "tpot_missed_in", b"tpot_missed_in", "tpot_predicted_s", b"tpot_predicted_s", "tpot_s", b"tpot_s", "tpot_target_s", b"tpot_target_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_gb_per_s", b"transfer_gb_per_s", "transfer_path", b"transfer_path", "ttft_late_s", b"ttft_late_s", "ttft_missed_in", b"ttft_missed_in", "ttft_predicted_s", b"ttft_predicted_s", "ttft_s", b"ttft_s", "ttft_target_s", b"ttft_target_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tpot_late_s: _TypeAlias = typing.Literal["tpot_late_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_late_s: _TypeAlias = typing.Literal["_tpot_late_s", b"_tpot_late_s"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_predicted_s: _TypeAlias = typing.Literal["tpot_predicted_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_predicted_s: _TypeAlias = typing.Literal["_tpot_predicted_s", b"_tpot_predicted_s"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_target_s: _TypeAlias = typing.Literal["tpot_target_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_target_s: _TypeAlias = typing.Literal["_tpot_target_s", b"_tpot_target_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_late_s: _TypeAlias = typing.Literal["ttft_late_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_late_s: _TypeAlias = typing.Literal["_ttft_late_s", b"_ttft_late_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_predicted_s: _TypeAlias = typing.Literal["ttft_predicted_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_predicted_s: _TypeAlias = typing.Literal["_ttft_predicted_s", b"_ttft_predicted_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_target_s: _TypeAlias = typing.Literal["ttft_target_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_target_s: _TypeAlias = typing.Literal["_ttft_target_s", b"_ttft_target_s"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_late_s) -> _WhichOneofReturnType__tpot_late_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_predicted_s) -> _WhichOneofReturnType__tpot_predicted_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_target_s) -> _WhichOneofReturnType__tpot_target_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_late_s) -> _WhichOneofReturnType__ttft_late_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_predicted_s) -> _WhichOneofReturnType__ttft_predicted_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_target_s) -> _WhichOneofReturnType__ttft_target_s | None: ...
 
 @typing.final
 class GenerateDelta(message.Message):
