@@ -116,6 +116,11 @@ class Reception:
             return run.owner == owner
         return quarantine is not None and quarantine.owner in (owner, None)
 
+    @property
+    def num_quarantined(self) -> int:
+        """Attempts whose blocks a push may still write."""
+        return len(self._quarantines)
+
     def owner_lost(self, owner: OwnerId) -> None:
         for quarantine in self._quarantines.values():
             if quarantine.owner == owner:

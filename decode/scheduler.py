@@ -45,16 +45,28 @@ from pdserve.core.messages import (
     RenewLease,
     RequestSpec,
     Reserved,
+    Role,
     StartDecode,
     StartPrefill,
     Tokens,
+    Undrain,
 )
 from pdserve.core.sampling import TokenLogprobs
 from pdserve.engine.batch import Sampled, SampleFailed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
 from pdserve.worker.compute import WorkResult
-from pdserve.worker.events import Action, CoordinatorLost, Event, FromCoordinator, OwnerId, Send
+from pdserve.worker.duty import Duty
+from pdserve.worker.events import (
+    Action,
+    CoordinatorLost,
+    DrainAsked,
+    Event,
+    FromCoordinator,
+    OwnerId,
+    Send,
+    UndrainAsked,
+)
 from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
@@ -96,7 +108,7 @@ class DecodeScheduler:
         self._owners: set[OwnerId] = set()
         self._order = itertools.count()
         self._plan: DecodePlan | None = None
-        self._draining = False
+        self._duty = Duty(Role.DECODE)
         self._meter = StepMeter()
 
     @property
@@ -127,6 +139,9 @@ class DecodeScheduler:
                 return failed + self._departures.peer_lost(event.peer, lost, now, None)
             case PushEnded():
                 return self._departures.push_ended(event, now)
+            case DrainAsked() | UndrainAsked():
+                self._duty.process(event)
+                return []
             case TransferStopped():
                 raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
             case _:
@@ -149,8 +164,8 @@ class DecodeScheduler:
                 return self._peers.connect(message)
             case DropPeer():
                 return self._drop_peer(message, now)
-            case Drain():
-                self._draining = True
+            case Drain() | Undrain():
+                self._duty.coordinator(message)
             case Hello():
                 self._owners.add(owner)
                 return [Send(owner, orphan) for orphan in self._reception.orphans()]
@@ -217,7 +232,7 @@ class DecodeScheduler:
 
     def _refusal(self, message: StartDecode) -> tuple[RefusalReason, str] | None:
         num_tokens, peer = len(message.spec.tokens), message.prefill_worker
-        if self._draining:
+        if self._duty.draining:
             return RefusalReason.DRAINING, f"worker {self._worker} is draining"
         if not 1 <= num_tokens < self._max_len:
             limit = f"1 to {self._max_len - 1}, as this worker holds {self._max_len} with the answer"
@@ -440,6 +455,11 @@ class DecodeScheduler:
     def next_wake(self) -> float | None:
         return self._reception.next_wake()
 
+    @property
+    def idle(self) -> bool:
+        """No request is here, and no peer may still write or is being written to."""
+        return not self._runs and not self._reception.num_quarantined and not self._departures
+
     def audit(self) -> None:
         self._pool.audit()
 
@@ -458,5 +478,7 @@ class DecodeScheduler:
             prefix_hit_tokens=self._cache.stats.hit_tokens,
             prefix_query_tokens=self._cache.stats.query_tokens,
             steps=self._meter.steps,
-            draining=self._draining,
+            draining=self._duty.draining,
+            role=self._duty.role,
+            stopping=self._duty.stopping,
         )

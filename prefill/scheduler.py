@@ -40,15 +40,27 @@ from pdserve.core.messages import (
     PrefillProgress,
     PrefillStarted,
     PushesSettled,
+    Role,
     StartDecode,
     StartPrefill,
     TransferDone,
+    Undrain,
 )
 from pdserve.engine.batch import Sampled, SampleFailed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
 from pdserve.worker.compute import WorkResult
-from pdserve.worker.events import Action, CoordinatorLost, Event, FromCoordinator, OwnerId, Send
+from pdserve.worker.duty import Duty
+from pdserve.worker.events import (
+    Action,
+    CoordinatorLost,
+    DrainAsked,
+    Event,
+    FromCoordinator,
+    OwnerId,
+    Send,
+    UndrainAsked,
+)
 from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
@@ -89,7 +101,7 @@ class PrefillScheduler:
         self._peers = PeerTable()
         self._order = itertools.count()
         self._plan: PrefillPlan | None = None
-        self._draining = False
+        self._duty = Duty(Role.PREFILL)
         self._meter = StepMeter()
 
     # --- events -------------------------------------------------------------------------------------
@@ -108,6 +120,9 @@ class PrefillScheduler:
             case PeerFailed():
                 self._peers.forget(event.peer)
                 return self._fail_peer(event.peer, PeerLost(event.peer, event.error), now)
+            case DrainAsked() | UndrainAsked():
+                self._duty.process(event)
+                return []
             case TransferStopped():
                 raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
             case NoteArrived():
@@ -127,8 +142,8 @@ class PrefillScheduler:
                 actions = self._peers.drop(message.peer, message.epoch)
                 lost = PeerLost(message.peer, "its process is gone")
                 return [*actions, *self._fail_peer(message.peer, lost, now, up_to_epoch=message.epoch)]
-            case Drain():
-                self._draining = True
+            case Drain() | Undrain():
+                self._duty.coordinator(message)
             case StartDecode(spec=spec):
                 wrong = InvalidRequest(field="role", value="prefill", limit="decode, to run StartDecode")
                 return [Send(owner, attempt_failed(spec.attempt, wrong))]
@@ -160,7 +175,7 @@ class PrefillScheduler:
     def _start_error(self, request: StartPrefill) -> PdServeError | None:
         num_tokens, size = len(request.spec.tokens), self._layout.block_tokens
         known = self._peers.epoch(request.decode_worker)
-        if self._draining:
+        if self._duty.draining:
             return Overloaded(f"worker {self._worker} is draining")
         if num_tokens > self._max_len:
             return PromptTooLong(prompt_tokens=num_tokens, max_model_len=self._max_len)
@@ -334,6 +349,11 @@ class PrefillScheduler:
         """Deadlines of pushes are the transfer service's; requests' are the coordinator's."""
         return None
 
+    @property
+    def idle(self) -> bool:
+        """No request is here, and none of its pushes is under way."""
+        return not self._runs
+
     def audit(self) -> None:
         self._pool.audit()
 
@@ -352,7 +372,9 @@ class PrefillScheduler:
             prefix_hit_tokens=self._cache.stats.hit_tokens,
             prefix_query_tokens=self._cache.stats.query_tokens,
             steps=self._meter.steps,
-            draining=self._draining,
+            draining=self._duty.draining,
+            role=self._duty.role,
+            stopping=self._duty.stopping,
         )
 
 

@@ -31,7 +31,20 @@ class CoordinatorLost:
     owner: OwnerId
 
 
-Event = FromCoordinator | CoordinatorLost | TransferEvent
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """By this worker's own process: it was told to end, or its machine is about to be taken away."""
+
+    until: float | None
+    """When the process ends even if it is not empty, on the compute loop's clock. None: it stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainAsked:
+    """By this worker's own process: it stays after all."""
+
+
+Event = FromCoordinator | CoordinatorLost | DrainAsked | UndrainAsked | TransferEvent
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,7 @@ class WorkerHost:
             self._connections.pop(owner, None)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
+            channel.send(connection.pending)  # a worker's last words; a no-op where the peer has gone
             self._on_event(CoordinatorLost(owner))
 
     async def _greet(self, connection: _Connection) -> None:

@@ -62,6 +62,9 @@ class Running(Protocol):
     def info(self) -> WorkerInfo: ...
     def wait(self) -> None: ...
     def stop(self) -> None: ...
+    def drain(self) -> None: ...
+    def undrain(self) -> None: ...
+    def retire(self, timeout_s: float) -> None: ...
     def snapshot(self) -> Heartbeat: ...
 
 
@@ -116,7 +119,7 @@ class HostedWorker(ABC):
         return self._require().info
 
     def wait(self) -> str:
-        """Block until the worker was stopped; raises what killed its loops."""
+        """Block until the worker was stopped or has retired; raises what killed its loops."""
         self._require().wait()
         return "stopped"
 
@@ -124,6 +127,21 @@ class HostedWorker(ABC):
         """End the worker's loops; `wait` returns then."""
         if self._running is not None:
             self._running.stop()
+
+    def drain(self) -> None:
+        """Take no new requests; coordinators move those that run."""
+        self._require().drain()
+
+    def undrain(self) -> None:
+        """Take new requests again, and take back `retire`."""
+        self._require().undrain()
+
+    def retire(self, timeout_s: float | None = None) -> None:
+        """Drain, and end when nothing is left or the time is up: for SIGTERM and for machines that are taken
+        away. None: `coordinator.drain_timeout_s`. Safe in a signal handler."""
+        limit = self._spec.config.coordinator.drain_timeout_s if timeout_s is None else timeout_s
+        if self._running is not None:
+            self._running.retire(limit)
 
     def snapshot(self) -> Heartbeat:
         return self._require().snapshot()

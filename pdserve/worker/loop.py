@@ -26,11 +26,13 @@ from pdserve.worker.events import (
     Actions,
     ConnectTransfer,
     DisconnectTransfer,
+    DrainAsked,
     Event,
     FromCoordinator,
     OwnerId,
     Send,
     SubmitPush,
+    UndrainAsked,
     attempt_of,
 )
 from pdserve.worker.host import WorkerHost
@@ -60,6 +62,11 @@ class Scheduler(Protocol):
 
     def fail_step(self, error: Exception, now: float) -> Actions:
         """The step that was scheduled last went wrong: end the attempts in it, and no others."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Nothing would be lost if the process ended now."""
         ...
 
     def audit(self) -> None:
@@ -119,6 +126,7 @@ class ComputeLoop:
         transfer: TransferPort,
         inbox: Inbox,
         lender: CoreLender | None = None,
+        linger_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._role, self._host, self._transfer = role, host, transfer
@@ -127,10 +135,14 @@ class ComputeLoop:
         self._published = threading.Condition()
         self._beat = role.scheduler.heartbeat()
         self._stopped = False
+        self._linger_s = linger_s
+        self._may_end_at: float | None = None
+        self._ends_at: float | None = None
         self._tick_began: float | None = None
 
     def run(self) -> None:
-        """Return after `Inbox.stop`; raise what broke the loop."""
+        """Return after `Inbox.stop`, or when what `DrainAsked` set an end to is empty; raise what broke the
+        loop."""
         try:
             self._run()
         finally:
@@ -150,6 +162,7 @@ class ComputeLoop:
             self._flush()
             self._tick_began = None
             self._publish()
+            self._stopped = self._stopped or self._retired()
 
     def heartbeat(self) -> Heartbeat:
         """The state after the latest tick, and how long the one under way has lasted."""
@@ -176,11 +189,32 @@ class ComputeLoop:
             item = self._inbox.get(0)
 
     def _patience(self) -> float | None:
-        wake = self._role.scheduler.next_wake()
-        return None if wake is None else max(0.0, wake - self._clock())
+        end = self._may_end_at if self._role.scheduler.idle else self._ends_at
+        wakes = [at for at in (self._role.scheduler.next_wake(), end) if at is not None]
+        return max(0.0, min(wakes) - self._clock()) if wakes else None
+
+    def _retired(self) -> bool:
+        """It was told to end, and is empty, or has had its time."""
+        if self._ends_at is None or self._may_end_at is None:
+            return False
+        now = self._clock()
+        return now >= self._ends_at or (now >= self._may_end_at and self._role.scheduler.idle)
+
+    def _note_end(self, event: DrainAsked | UndrainAsked, at: float) -> None:
+        match event:
+            case UndrainAsked():
+                self._may_end_at = self._ends_at = None
+            case DrainAsked(until=until) if until is not None:
+                # Not before coordinators have heard of it: what they send meanwhile is refused, not lost.
+                self._may_end_at = min(at + self._linger_s, until)
+                self._ends_at = until if self._ends_at is None else min(until, self._ends_at)
+            case _:
+                pass
 
     def _handle(self, event: Event, at: float) -> Actions:
         scheduler = self._role.scheduler
+        if isinstance(event, (DrainAsked, UndrainAsked)):
+            self._note_end(event, at)
         try:
             return scheduler.handle(event, at)
         except InvariantViolated:

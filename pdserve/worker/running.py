@@ -21,6 +21,7 @@ from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.engine.build import build_engine
 from pdserve.models.ops import Workload
 from pdserve.worker.cores import CoreLender
+from pdserve.worker.events import DrainAsked, UndrainAsked
 from pdserve.worker.host import WorkerHost
 from pdserve.worker.loop import ComputeLoop, Inbox, Role
 from pdserve.worker.ports import BackendFactory, EnginePort, PoolPort, TransferPort
@@ -62,6 +63,19 @@ class RunningWorker:
         """End the loops and close everything; requests that still run are lost. Safe to call twice."""
         self._inbox.stop()
         self._thread.join()
+
+    def drain(self) -> None:
+        """Take no new requests; coordinators move those that run. Safe in a signal handler, as are the next
+        two: they put an event into the inbox, and return."""
+        self._inbox.put(DrainAsked(None))
+
+    def undrain(self) -> None:
+        """Take new requests again, whoever asked for the drain, and take back `retire`."""
+        self._inbox.put(UndrainAsked())
+
+    def retire(self, timeout_s: float) -> None:
+        """Drain, and end like after `stop` when nothing is left here, or after `timeout_s`."""
+        self._inbox.put(DrainAsked(time.monotonic() + timeout_s))
 
     def snapshot(self) -> Heartbeat:
         """State after the latest tick. Raises `InvariantViolated` when blocks are not conserved."""
@@ -119,7 +133,16 @@ def launch(
             heartbeat_s=spec.config.cluster.heartbeat_s,
         )
         lender = None if spec.core_share is None else CoreLender(spec.core_share, torch.set_num_threads)
-        loops.append(ComputeLoop(role=role, host=host, transfer=transfer, inbox=inbox, lender=lender))
+        loops.append(
+            ComputeLoop(
+                role=role,
+                host=host,
+                transfer=transfer,
+                inbox=inbox,
+                lender=lender,
+                linger_s=2 * spec.config.cluster.heartbeat_s,
+            )
+        )
         address = host.start(spec.listen)
         undo.pop_all()
     return RunningWorker(
