@@ -8,7 +8,7 @@ of a deployment, and none can be made on purpose.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NewType
@@ -66,6 +66,8 @@ class PrefixCache:
 
     def __init__(self, pool: BlockPool, *, block_tokens: int, enabled: bool) -> None:
         self.stats = HitStats()
+        self.on_insert: Callable[[BlockHash], object] | None = None
+        """Told of every block that is kept."""
         self._pool = pool
         self._block_tokens = block_tokens
         self._enabled = enabled
@@ -104,7 +106,13 @@ class PrefixCache:
         self._pool.hold(block, CACHE_HOLDER)
         self._block_of[digest] = block
         self._hash_of[block] = digest
+        if self.on_insert is not None:
+            self.on_insert(digest)
         return True
+
+    def block_of(self, digest: BlockHash) -> BlockId | None:
+        """Where a block is kept, or None."""
+        return self._block_of.get(digest)
 
     def allocate(self, count: int, holder: Holder) -> list[BlockId]:
         """`count` blocks, evicting the least recently used cached ones where needed.
