@@ -46,6 +46,14 @@ class RoutingPolicy(StrEnum):
     SLA = "sla"
 
 
+class LocalPrefill(StrEnum):
+    """Whether decode workers read prompts themselves where there are prefill workers."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 class Admission(StrEnum):
     """Which requests are refused at once because no placement can serve them in time."""
 
@@ -101,6 +109,12 @@ class CacheSettings(_Frozen):
     """Share of a GPU's memory for weights, activations and KV; divided where workers share a GPU."""
     enable_prefix_caching: bool = True
     """Keep finished blocks and reuse them for prompts that begin alike."""
+    host_tier_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Host memory per worker for prefix blocks that the pool has no room for. 0: none."""
+    disk_tier_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Disk per worker for what the host tier has no room for; survives a restart. 0: none."""
+    disk_tier_path: str | None = None
+    """Where: a directory on a local disk. Each worker has its own in it."""
 
 
 class PrefillSettings(_Frozen):
@@ -237,6 +251,9 @@ class CoordinatorSettings(_Frozen):
     """Prometheus; 0 picks a free port, shown at start."""
     policy: RoutingPolicy = RoutingPolicy.POWER_OF_TWO
     """How a request's workers are chosen."""
+    local_prefill: LocalPrefill = LocalPrefill.AUTO
+    """Whether a decode worker reads a prompt itself although there are prefill workers. auto: where it is
+    predicted to be cheaper, such as while prompts queue and the decode worker has little to do."""
     admission: Annotated[Admission, BeforeValidator(_off)] = Admission.DEADLINE
     """With policy sla: refuse at once, with RESOURCE_EXHAUSTED and when to come back, a request whose first
     token cannot come before its deadline (ttft: or its TTFT target), whoever serves it. targets: as ttft,
@@ -307,6 +324,61 @@ class ClusterSettings(_Frozen):
     takes them over without loading anything. 0: they end with it."""
 
 
+class LogFormat(StrEnum):
+    HUMAN = "human"
+    JSON = "json"
+
+
+class TraceExporter(StrEnum):
+    NONE = "none"
+    CONSOLE = "console"
+    FILE = "file"
+    OTLP_GRPC = "otlp_grpc"
+    OTLP_HTTP = "otlp_http"
+
+
+class LoggingSettings(_Frozen):
+    format: LogFormat = LogFormat.HUMAN
+    """Of log files and of the terminal: json is one object per line, for log collectors."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of log files."""
+    requests: bool = True
+    """A line for each step of each request, with its id, on the coordinator and on its workers."""
+
+
+class TracingSettings(_Frozen):
+    exporter: TraceExporter = TraceExporter.NONE
+    """Where spans go. The otlp exporters need `pip install pdserve[otel]`."""
+    endpoint: str | None = None
+    """Of an OTLP collector, such as http://localhost:4317; the exporter's own default when not given."""
+    file: str | None = None
+    """For exporter file: one span per line, as JSON."""
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of requests traced whose client sent no trace context; with one, the client has decided."""
+
+    @model_validator(mode="after")
+    def _has_file(self) -> Self:
+        if self.exporter is TraceExporter.FILE and self.file is None:
+            raise ValueError("exporter file needs tracing.file")
+        return self
+
+
+class CostSettings(_Frozen):
+    currency: str = "USD"
+    """Name of the money that prices are in."""
+    device_hour: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a GPU (of a core, for workers on CPUs) for an hour; 0: only time is counted."""
+    prefill_device_hour: Annotated[float, Field(ge=0)] | None = None
+    """Of prefill workers, where they run on other machines; device_hour by default."""
+    kv_gib_hour: Annotated[float, Field(ge=0)] = 0.0
+    """Price of a GiB of KV held on a decode worker for an hour, besides its device."""
+
+    @property
+    def prefill_hour(self) -> float:
+        """Price of a prefill worker's device for an hour."""
+        return self.device_hour if self.prefill_device_hour is None else self.prefill_device_hour
+
+
 class ServeConfig(_Frozen):
     """Everything `pdserve serve` can be told. Flags override the file."""
 
@@ -317,6 +389,9 @@ class ServeConfig(_Frozen):
     transfer: TransferSettings = TransferSettings()
     coordinator: CoordinatorSettings = CoordinatorSettings()
     cluster: ClusterSettings = ClusterSettings()
+    logging: LoggingSettings = LoggingSettings()
+    tracing: TracingSettings = TracingSettings()
+    cost: CostSettings = CostSettings()
     seed: int = 0
     """Seeds routing and dummy weights; request seeds are their own."""
 

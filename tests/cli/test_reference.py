@@ -38,6 +38,7 @@ coordinator.host                 text                = `127.0.0.1`
 coordinator.port                 integer             = `50051`
 coordinator.metrics_port         integer             = `0`
 coordinator.policy `power_of_two`, `least_loaded`, `round_robin`, `random`, `sla` = `power_of_two`
+coordinator.local_prefill        `auto`, `never`, `always` = `auto`
 coordinator.admission            `off`, `deadline`, `ttft`, `targets` = `deadline`
 coordinator.max_queued_requests  integer             = `1024`
 coordinator.queue_ttl_s          number or nothing   = nothing
@@ -76,6 +77,18 @@ cluster.dashboard                true or false       = `true`
 cluster.dashboard_port           integer             = `8265`
 cluster.heartbeat_s              number              = `0.5`
 cluster.start_timeout_s          number              = `300.0`
+cluster.linger_s                 number              = `60.0`
+logging.format                   `human`, `json`     = `human`
+logging.level                    `debug`, `info`, `warning`, `error` = `info`
+logging.requests                 true or false       = `true`
+tracing.exporter `none`, `console`, `file`, `otlp_grpc`, `otlp_http` = `none`
+tracing.endpoint                 text or nothing     = nothing
+tracing.file                     text or nothing     = nothing
+tracing.sample_ratio             number              = `1.0`
+cost.currency                    text                = `USD`
+cost.device_hour                 number              = `0.0`
+cost.prefill_device_hour         number or nothing   = nothing
+cost.kv_gib_hour                 number              = `0.0`
 seed                             integer             = `0`
 """
 
