@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.simulator.results import Result, summarise
+from coordinator.simulator.results import Result, Tally, summarise
 from coordinator.simulator.workload import Arrival
 from coordinator.simulator.world import Setup, World
 from pdserve.core.config import Admission, RoutingPolicy
@@ -22,7 +22,8 @@ class Row:
 
 
 def simulate(setup: Setup, arrivals: Sequence[Arrival]) -> Result:
-    return summarise(World(setup, arrivals).run(), setup)
+    tally = Tally()
+    return summarise(World(setup, arrivals, tally.add).run(), tally)
 
 
 def compare(

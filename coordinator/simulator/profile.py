@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -14,9 +15,13 @@ from pdserve.core.errors import ConfigError
 class Profile:
     """Of one worker; seconds per unit.
 
-    prefill step = prefill_step + prefill_token * tokens + prefill_pair * (tokens x context before them)
-    decode step  = decode_step + decode_seq * sequences + decode_context * context tokens
+    prefill step = prefill_step + linear(prefill_token * tokens) + prefill_pair * pairs
+    decode step  = decode_step + linear(decode_seq * sequences) + decode_context * context tokens
+    mixed step   = the greater fixed part + linear(both) + pairs and context as above
     transfer     = transfer_latency + bytes / transfer_bytes_per_s
+
+    pairs: tokens x context before them. linear(x) is the time of the layers that multiply by weights: their
+    arithmetic takes x, reading the weights `weights_s`, and the two overlap as `sharpness` says.
     """
 
     prefill_step: float
@@ -29,6 +34,11 @@ class Profile:
     transfer_bytes_per_s: float
     kv_token_bytes: int
     num_blocks: int
+    weights_s: float = 0.0
+    sharpness: float = 1.0
+    """p of (weights^p + arithmetic^p)^(1/p): 1 adds them up, infinity hides the lesser one completely."""
+    fused: bool = True
+    """A step with prompts and answers is one pass over the weights; otherwise two, one after the other."""
     block_tokens: int = 64
     max_num_seqs: int = 256
     chunk_tokens: int = 2048
@@ -37,10 +47,29 @@ class Profile:
     """The same on a worker that decodes meanwhile."""
 
     def prefill_s(self, tokens: float, pairs: float) -> float:
-        return self.prefill_step + self.prefill_token * tokens + self.prefill_pair * pairs
+        linear_s = self._linear_s(self.prefill_token * tokens)
+        return self.prefill_step + linear_s + self.prefill_pair * pairs
 
     def step_s(self, seqs: int, context: float) -> float:
-        return self.decode_step + self.decode_seq * seqs + self.decode_context * context
+        return self.decode_step + self._linear_s(self.decode_seq * seqs) + self.decode_context * context
+
+    def mixed_s(self, tokens: float, pairs: float, seqs: int, context: float) -> float:
+        """A step that reads `tokens` of prompts and writes a token for each of `seqs` answers."""
+        if not seqs:
+            return self.prefill_s(tokens, pairs)
+        if not self.fused:
+            return self.prefill_s(tokens, pairs) + self.step_s(seqs, context)
+        linear_s = self._linear_s(self.prefill_token * tokens + self.decode_seq * seqs)
+        attention_s = self.prefill_pair * pairs + self.decode_context * context
+        return max(self.prefill_step, self.decode_step) + linear_s + attention_s
+
+    def _linear_s(self, arithmetic_s: float) -> float:
+        weights_s, p = self.weights_s, self.sharpness
+        if not weights_s:
+            return arithmetic_s
+        if math.isinf(p):
+            return max(weights_s, arithmetic_s)
+        return float((weights_s**p + arithmetic_s**p) ** (1 / p))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +126,26 @@ class ModelSize:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
 
 
-def analytic(model: ModelSize, gpu: Gpu, *, tensor_parallel: int = 1, block_tokens: int = 64) -> Profile:
-    """Roofline: prefill bound by arithmetic, decode by reading weights and KV, each at a fixed efficiency.
+_SPLIT_EFFICIENCY: Final = 0.93
+"""Of each doubling of the GPUs of one worker: all-reduces over NVLink. An assumption."""
 
-    Raises `ConfigError` when the weights leave no room for KV. Not modelled: kernels' shapes, all-reduces.
+
+def analytic(
+    model: ModelSize,
+    gpu: Gpu,
+    *,
+    tensor_parallel: int = 1,
+    block_tokens: int = 64,
+    sharpness: float = 2.0,
+) -> Profile:
+    """Roofline (Williams et al., 2009): arithmetic and memory traffic, each at a fixed efficiency of its own.
+
+    Several GPUs share all work evenly, at `_SPLIT_EFFICIENCY` for each doubling. Raises `ConfigError` when
+    the weights leave no room for KV. Not modelled: kernels' shapes, all-reduces by size.
     """
-    flops = gpu.flops * gpu.compute_efficiency * tensor_parallel
-    bandwidth = gpu.bytes_per_s * gpu.memory_efficiency * tensor_parallel
+    speed = tensor_parallel * _SPLIT_EFFICIENCY ** math.log2(tensor_parallel)
+    flops = gpu.flops * gpu.compute_efficiency * speed
+    bandwidth = gpu.bytes_per_s * gpu.memory_efficiency * speed
     weights = model.params * model.bytes_per_value
     room = gpu.memory * 0.9 * tensor_parallel - weights
     num_blocks = int(room / (model.kv_token_bytes * block_tokens))
@@ -115,13 +157,15 @@ def analytic(model: ModelSize, gpu: Gpu, *, tensor_parallel: int = 1, block_toke
         prefill_step=2e-3,
         prefill_token=2 * model.params / flops,
         prefill_pair=4 * model.layers * model.heads * model.head_dim / flops,
-        decode_step=1e-3 + weights / bandwidth,
+        decode_step=1e-3,
         decode_seq=2 * model.params / flops,
         decode_context=model.kv_token_bytes / bandwidth,
         transfer_latency=1e-3,
         transfer_bytes_per_s=gpu.link_bytes_per_s * 0.8 * tensor_parallel,
         kv_token_bytes=model.kv_token_bytes,
         num_blocks=num_blocks,
+        weights_s=weights / bandwidth,
+        sharpness=sharpness,
         block_tokens=block_tokens,
     )
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
 from pdserve.bench.arrivals import Arrivals
-from pdserve.bench.traces import TraceRow
+from pdserve.bench.traces import MOONCAKE_BLOCK_TOKENS, TraceRow
 from pdserve.core.errors import ConfigError
+
+PREFIX_BLOCK_TOKENS: Final = MOONCAKE_BLOCK_TOKENS
+"""Prompts begin alike in whole blocks of this many tokens."""
+_OWN: Final = 1 << 30
+"""Token ids from here on belong to one prompt alone; below, they are the trace's ids of blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +36,19 @@ class Arrival:
     input_tokens: int
     output_tokens: int
     sla: SlaClass
+    hash_ids: tuple[int, ...] = ()
+    """Of the prompt's blocks, where the trace says which prompts begin alike."""
+
+    def tokens(self, index: int) -> list[int]:
+        """Every token of a block is its id. What no other prompt begins with is `index`'s own."""
+        own = [_OWN + index]
+        if not self.hash_ids:
+            return own * self.input_tokens
+        tokens: list[int] = []
+        for block in self.hash_ids:
+            tokens += [block] * PREFIX_BLOCK_TOKENS
+        del tokens[self.input_tokens :]
+        return tokens + own * (self.input_tokens - len(tokens))
 
 
 def from_trace(
@@ -43,7 +62,15 @@ def from_trace(
     for row in rows:
         prompt = min(max(row.input_tokens, 1), max_tokens - 1)
         answer = min(max(row.output_tokens, 1), max_tokens - prompt)
-        arrivals.append(Arrival(at_s=row.at_s / speed, input_tokens=prompt, output_tokens=answer, sla=draw()))
+        arrivals.append(
+            Arrival(
+                at_s=row.at_s / speed,
+                input_tokens=prompt,
+                output_tokens=answer,
+                sla=draw(),
+                hash_ids=row.hash_ids,
+            )
+        )
     return arrivals
 
 

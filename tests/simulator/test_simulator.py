@@ -12,7 +12,7 @@ from coordinator.simulator.compare import compare, simulate, table
 from coordinator.simulator.profile import GPUS, ModelSize, Profile, analytic, gpu_named
 from coordinator.simulator.results import good
 from coordinator.simulator.workload import Arrival, SlaClass, from_trace, generated
-from coordinator.simulator.world import Failures, Setup, World
+from coordinator.simulator.world import Ended, Failures, Setup, World
 from pdserve.bench.arrivals import ArrivalKind, Arrivals
 from pdserve.bench.traces import TraceRow
 from pdserve.core.config import Admission, RoutingPolicy
@@ -148,12 +148,44 @@ def test_an_analytic_profile_follows_from_model_and_gpu() -> None:
     one_gpu, two = analytic(llama, GPUS["h100"]), analytic(llama, GPUS["h100"], tensor_parallel=2)
     assert one_gpu.kv_token_bytes == 131072
     assert one_gpu.prefill_token == pytest.approx(2 * 8e9 / (989e12 * 0.5))
-    assert two.prefill_token == pytest.approx(one_gpu.prefill_token / 2)
+    assert two.prefill_token == pytest.approx(one_gpu.prefill_token / (2 * 0.93))
     assert two.num_blocks > 2 * one_gpu.num_blocks
     with pytest.raises(ConfigError, match="no room"):
         analytic(replace(llama, params=70e9), GPUS["h100"])
     with pytest.raises(ConfigError, match="b300"):
         gpu_named("b300")
+
+
+def test_a_step_with_prompts_and_answers_reads_the_weights_once_where_it_is_fused() -> None:
+    llama = ModelSize(params=8e9, layers=32, heads=32, kv_heads=8, head_dim=128)
+    fused = analytic(llama, GPUS["h100"], sharpness=float("inf"))
+    work = (200.0, 20_000.0, 16, 16_000.0)
+    apart = replace(fused, fused=False).mixed_s(*work)
+    assert apart == pytest.approx(fused.prefill_s(*work[:2]) + fused.step_s(*work[2:]))
+    assert fused.mixed_s(*work) < 0.7 * apart
+    assert replace(fused, sharpness=1.0).mixed_s(*work) > replace(fused, sharpness=2.0).mixed_s(*work)
+    assert fused.mixed_s(*work[:2], 0, 0) == fused.prefill_s(*work[:2])
+
+
+def test_prompts_that_begin_alike_are_read_from_where_they_differ() -> None:
+    def arrival(at_s: float, *blocks: int) -> Arrival:
+        tokens = len(blocks) * 512 + 100
+        return Arrival(at_s=at_s, input_tokens=tokens, output_tokens=5, sla=CHAT, hash_ids=blocks)
+
+    arrivals = [arrival(1.0, 1, 2, 3), arrival(2.0, 1, 2, 4), arrival(3.0, 5, 6, 7)]
+    for setup in (replace(SETUP, prefill=1), replace(SETUP, prefill=0, decode=1)):
+        first, second, third = World(setup, arrivals).run().ended
+        assert second.report.ttft_s is not None
+        assert first.report.ttft_s is not None
+        assert second.report.ttft_s < 0.6 * first.report.ttft_s
+        assert third.report.ttft_s == pytest.approx(first.report.ttft_s, rel=0.1)
+
+
+def test_what_ends_can_be_counted_without_being_kept() -> None:
+    ended: list[Ended] = []
+    run = World(SETUP, workload(8.0, 5.0), ended.append).run()
+    assert not run.ended
+    assert ended == World(SETUP, workload(8.0, 5.0)).run().ended
 
 
 def test_what_is_no_dense_model_has_no_analytic_profile(tmp_path: Path) -> None:
