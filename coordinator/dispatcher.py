@@ -187,8 +187,8 @@ class Dispatcher:
                 if stream is not None:
                     self._metrics.gap(stream.samples[0].model, gap_s, len(tokens))
             case End(report=report, outcome=outcome):
-                self._metrics.ended(report, outcome)
-                log_end(report, outcome)
+                charged = self._metrics.ended(report, outcome)
+                log_end(report, outcome, charged)
             case Emit() | EmitPrompt():
                 pass
 
@@ -198,6 +198,7 @@ class Dispatcher:
         now = self._loop.time()
         self._drop_silent(now, late_s=now - self._due)
         self.handle(Tick())
+        self._metrics.loop_lag.set(max(now - self._due, 0.0))
         self._metrics.observe_fleet(self.registry.fleet)
         self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)
         self._set_timer(self._next_tick())

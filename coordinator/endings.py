@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
+from coordinator.account import close_leg, reason_of
 from coordinator.book import Book
 from coordinator.events import Action, End, Send
 from coordinator.flight import Attempt, Flight
@@ -56,7 +58,7 @@ def attempt_failed(
     if flight.ending is not None:
         return finish(book, flight, flight.ending, now, reporter=reporter)
     attempt = flight.attempt
-    actions = withdraw(book, flight, str(error), now, reporter=reporter)
+    actions = withdraw(book, flight, str(error), now, reporter=reporter, failure=reason_of(error))
     if attempt is not None and error.code is ErrorCode.UNAVAILABLE:
         actions += _introduce_again(book, attempt)
     if not retryable or flight.attempts >= book.settings.max_attempts:
@@ -108,13 +110,20 @@ def introductions(one: WorkerInfo, other: WorkerInfo) -> list[Action]:
 
 
 def withdraw(
-    book: Book, flight: Flight, why: str, now: float, *, reporter: WorkerId | None = None
+    book: Book,
+    flight: Flight,
+    why: str,
+    now: float,
+    *,
+    reporter: WorkerId | None = None,
+    failure: str = "",
 ) -> list[Action]:
     """Take the current attempt, and its move, back from its workers, where anything of it may be left."""
     attempt = flight.attempt
     if attempt is None:
         return []
     actions = abandon_move(book, flight, why, now, reporter=None)
+    close_leg(book.fleet, flight, attempt, now, failure=failure)
     book.release(attempt)
     book.leased.pop(flight.id, None)
     if flight.ending is not None:
@@ -170,7 +179,7 @@ def end(
     book: Book, flight: Flight, phase: Phase, outcome: FinishReason | PdServeError, now: float
 ) -> list[Action]:
     """Forget the request; the one place where that happens."""
-    report = flight.report(now)
+    report = dataclasses.replace(flight.report(now), phase=phase)
     flight.record.move_to(phase, now=now)
     release_followers(book, flight)
     del book.flights[flight.id]

@@ -36,6 +36,8 @@ class NewRequest:
     """Refused when it has waited this long without having begun. None: as configured."""
     sla_class: str = ""
     tenant: str = ""
+    traceparent: str = ""
+    """W3C trace context of the call, as the client sent it."""
     first_epoch: int = 0
     """Epoch of the first attempt. A request that reuses an id starts above every epoch the id ever had."""
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from coordinator.account import Pace
 from coordinator.latency import ASSUMED_TOKENS_PER_S, LatencyModel, Work
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import blocks_for
@@ -44,6 +45,7 @@ class WorkerState:
     """Prompt tokens not yet computed, per attempt placed here."""
     tokens_per_s: float = ASSUMED_TOKENS_PER_S
     latency: LatencyModel = field(default_factory=LatencyModel)
+    pace: Pace = field(default_factory=Pace)
     kv_token_bytes: int = field(init=False)
     """What one token's KV takes in this worker's pool."""
     _blocks_sum: int = 0
@@ -128,6 +130,7 @@ class WorkerState:
         self.draining = beat.draining or self.drain_asked
         if beat.tokens_per_s > 0:
             self.tokens_per_s = beat.tokens_per_s
+        self.pace.heard(beat)
         if self.info.role is Role.DECODE:
             self.latency.heard(beat)
         self.room_may_have_appeared()

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from coordinator.account import Leg, Marks
 from coordinator.breakdown import after_first_token, before_first_token, longest
 from coordinator.events import NewRequest
 from coordinator.report import Report
@@ -30,6 +31,7 @@ class Attempt:
     prefill_done: PrefillDone | None = None
     kv_arrived: bool = False
     transfer: TransferDone | None = None
+    marks: Marks = field(default_factory=Marks)
     read_by: WorkerId | None = None
     """Who read the prompt of a request that has moved since."""
 
@@ -60,6 +62,8 @@ class Flight:
     """The attempt it will be once it has moved to another decode worker."""
     move_after: float = 0.0
     migrations: int = 0
+    legs: list[Leg] = field(default_factory=list)
+    """Of the attempts that have ended."""
     preemptions: int = 0
     prefix_at: WorkerId | None = None
     """A prefill worker that read its prompt in an earlier attempt, and likely has it in its cache."""
@@ -160,6 +164,11 @@ class Flight:
             output_tokens=len(self.output),
             attempts=self.attempts,
             migrations=self.migrations,
+            legs=tuple(self.legs),
+            created=self.record.created,
+            ended=now,
+            first_token_at=self.first_token_at,
+            traceparent=request.traceparent,
             sla_class=request.sla_class,
             preemptions=self.preemptions,
             e2e_s=now - self.record.created,

@@ -15,6 +15,7 @@ import dataclasses
 from typing import Final
 
 from coordinator import endings, progress
+from coordinator.account import Marks, close_leg
 from coordinator.book import Book
 from coordinator.events import Action, Send
 from coordinator.failures import failure_of
@@ -173,6 +174,7 @@ def _arrived(book: Book, flight: Flight, moving: Attempt, now: float) -> list[Ac
     before = flight.attempt
     assert before is not None
     flight.moving = None
+    close_leg(book.fleet, flight, before, now)
     flight.attempt = dataclasses.replace(
         before,
         id=moving.id,
@@ -180,6 +182,7 @@ def _arrived(book: Book, flight: Flight, moving: Attempt, now: float) -> list[Ac
         base=moving.base,
         read_by=before.prefill or before.read_by,
         kv_arrived=True,
+        marks=Marks(arrived=now, outputs_before=len(flight.output)),
     )
     flight.migrations += 1
     flight.record.move_to(Phase.DECODING, now=now)

@@ -24,6 +24,8 @@ def prefill_started(
     book: Book, flight: Flight, attempt: Attempt, message: PrefillStarted, now: float
 ) -> list[Action]:
     attempt.prefill_queue_s = message.queue_s
+    attempt.marks.prefill_began = now
+    attempt.marks.read_from = attempt.marks.read_to = message.cached_tokens
     reader = book.fleet.get(attempt.prefill or attempt.decode)
     if reader is not None:
         reader.latency.prompt_cached(attempt.id, message.cached_tokens)
@@ -40,6 +42,7 @@ def transferred(book: Book, attempt: Attempt, message: TransferDone) -> None:
 def prefill_progress(
     book: Book, flight: Flight, attempt: Attempt, message: PrefillProgress, now: float
 ) -> list[Action]:
+    attempt.marks.read(message.tokens_done, now)
     reader = book.fleet.get(attempt.prefill or attempt.decode)
     if reader is not None:
         reader.prefill_reached(attempt.id, max(flight.num_tokens - message.tokens_done, 0))
@@ -78,6 +81,8 @@ def prefill_done(
     if attempt.prefill_done is not None:
         return []
     attempt.prefill_done = message
+    attempt.marks.prefill_ended = now
+    attempt.marks.read(len(flight.request.tokens) + attempt.base, now)
     reader = book.fleet.get(attempt.prefill or attempt.decode)
     if reader is not None:
         reader.prefill_reached(attempt.id, 0)
@@ -100,6 +105,7 @@ def prefill_done(
 
 def kv_arrived(book: Book, flight: Flight, attempt: Attempt, now: float) -> None:
     attempt.kv_arrived = True
+    attempt.marks.arrived = now
     book.leased.pop(flight.id, None)
     if flight.record.phase in (Phase.PREFILLING, Phase.TRANSFERRING):
         flight.record.move_to(Phase.DECODING, now=now)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.account import Leg
 from pdserve.core.ids import RequestId
+from pdserve.core.lifecycle import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,16 @@ class Report:
     """What took longest of the time that a missed target is about (see `breakdown`)."""
     placement: str = ""
     """Why these workers: candidates and scores of the last placement."""
+    phase: Phase = Phase.FINISHED
+    """How it ended."""
+    created: float = 0.0
+    ended: float = 0.0
+    first_token_at: float | None = None
+    """These on the registry's clock."""
+    legs: tuple[Leg, ...] = ()
+    """Its attempts, each to its end."""
+    traceparent: str = ""
+    """W3C trace context that the client sent."""
 
     @property
     def transfer_gb_per_s(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+from coordinator.cost import Bill
 from coordinator.report import Report
 from pdserve.core.errors import PdServeError, RequestCancelled
 from pdserve.core.messages import FinishReason
@@ -12,15 +13,15 @@ from pdserve.core.messages import FinishReason
 log = logging.getLogger("pdserve.request")
 
 
-def log_end(report: Report, outcome: FinishReason | PdServeError) -> None:
+def log_end(report: Report, outcome: FinishReason | PdServeError, charged: Bill) -> None:
     """Ends asked for by a client are info, failures are warnings. Fields that do not apply are left out."""
     failed = isinstance(outcome, PdServeError) and not isinstance(outcome, RequestCancelled)
     level = logging.WARNING if failed else logging.INFO
     if log.isEnabledFor(level):
-        log.log(level, "%s", json.dumps(as_fields(report, outcome), separators=(",", ":")))
+        log.log(level, "%s", json.dumps(as_fields(report, outcome, charged), separators=(",", ":")))
 
 
-def as_fields(report: Report, outcome: FinishReason | PdServeError) -> dict[str, object]:
+def as_fields(report: Report, outcome: FinishReason | PdServeError, charged: Bill) -> dict[str, object]:
     """The line's fields; times in milliseconds."""
     error = outcome if isinstance(outcome, PdServeError) else None
     fields: dict[str, object | None] = {
@@ -58,6 +59,11 @@ def as_fields(report: Report, outcome: FinishReason | PdServeError) -> dict[str,
         "tpot_late_ms": _ms(report.tpot_late_s),
         "tpot_missed_in": report.tpot_missed_in or None,
         "e2e_ms": _ms(report.e2e_s),
+        "failures": [leg.failure for leg in report.legs if leg.failure] or None,
+        "device_ms": _ms(charged.device_s),
+        "wasted_device_ms": _ms(charged.wasted_device_s) or None,
+        "kv_gib_s": round(charged.kv_byte_s / 2**30, 6),
+        "cost": charged.money or None,
         "placement": report.placement or None,
     }
     return {name: value for name, value in fields.items() if value is not None}

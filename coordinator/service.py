@@ -62,7 +62,8 @@ class Coordinator:
         if len(set(names)) != len(names):
             raise ConfigError(f"model names must differ, got {', '.join(names)}")
         self._config, self._served = config, tuple(models)
-        self._metrics = Metrics()
+        self._metrics = Metrics(config.cost)
+        self._metrics.queue_limit.set(config.coordinator.max_queued_requests)
         self._tokenisers = ThreadPoolExecutor(_TOKENISER_THREADS, thread_name_prefix="tokenise")
         self._health = HealthServicer()
         self._running: _Running | None = None

@@ -16,6 +16,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pdserve.cli.metrics_page import metrics_page
 from pdserve.core.config import ServeConfig
 from pdserve.core.lifecycle import NEXT, TERMINAL, Phase
 
@@ -97,7 +98,11 @@ def knobs() -> Iterator[tuple[str, str, str]]:
             yield name, type_name(field.annotation), _default(field)
 
 
-PAGES: Final = {"lifecycle.md": lifecycle_page, "configuration.md": configuration_page}
+PAGES: Final = {
+    "metrics.md": metrics_page,
+    "lifecycle.md": lifecycle_page,
+    "configuration.md": configuration_page,
+}
 
 _TABLE_HEAD: Final = ("| Key | Type | Default | Meaning |", "|---|---|---|---|")
 

@@ -312,7 +312,7 @@ async def test_a_finished_request_leaves_metrics_and_a_log_line(tmp_path: Path) 
     assert entry["output_tokens"] == 8
     labels = 'model="scripted",outcome="length",priority="2",tenant="acme"'
     assert f"pdserve_requests_total{{{labels}}} 1.0" in page
-    assert 'pdserve_targets_total{model="scripted",result="missed",target="tpot"} 1.0' in page
+    assert 'pdserve_targets_total{model="scripted",result="missed",sla_class="",target="tpot",tenant="acme"} 1.0' in page
     assert 'pdserve_transfer_bytes_total{model="scripted",path="fake"} 4096.0' in page
     assert 'pdserve_ttft_seconds_count{model="scripted"} 1.0' in page
     assert 'pdserve_itl_seconds_count{model="scripted"} 7.0' in page
