@@ -67,7 +67,11 @@ class WorkerHost:
         on_event: Callable[[FromCoordinator | CoordinatorLost], None],
         heartbeat: Callable[[], Heartbeat],
         heartbeat_s: float,
+        alone_s: float | None = None,
+        on_alone: Callable[[], None] = lambda: None,
     ) -> None:
+        """on_alone: told once when no coordinator has been connected for `alone_s`, after one was."""
+        self._alone_s, self._on_alone = alone_s, on_alone
         self._info, self._on_event = info, on_event
         self._heartbeat, self._heartbeat_s = heartbeat, heartbeat_s
         self._connections: dict[OwnerId, _Connection] = {}
@@ -106,6 +110,11 @@ class WorkerHost:
         if batches and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop closed: the worker is stopping
                 self._loop.call_soon_threadsafe(self._deliver, batches)
+
+    @property
+    def num_coordinators(self) -> int:
+        """Connected now. From any thread."""
+        return len(self._connections)
 
     def stop(self) -> None:
         """Close every connection and end the thread. Safe to call twice."""
@@ -163,7 +172,15 @@ class WorkerHost:
             await asyncio.gather(*closing)
 
     async def _beat(self) -> None:
+        clock, met = asyncio.get_running_loop().time, False
+        accompanied = clock()
         while True:
+            if self._connections:
+                met, accompanied = True, clock()
+            elif met and self._alone_s is not None and clock() - accompanied > self._alone_s:
+                log.error("%s: no coordinator for %.0f s", self._info.worker, self._alone_s)
+                met = False
+                self._on_alone()
             beat = self._heartbeat()
             for connection in list(self._connections.values()):
                 self._post_or_drop(connection, [beat])

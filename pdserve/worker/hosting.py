@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -50,6 +51,18 @@ class NotStarted:
     message: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """A worker that serves, as the next launcher finds it."""
+
+    identity: str
+    epoch: int
+    address: str
+    pid: int
+    num_coordinators: int
+    """Not 0: it is in use."""
+
+
 StartStep = Progress | Started | NotStarted
 
 
@@ -60,6 +73,8 @@ class Running(Protocol):
     def address(self) -> str: ...
     @property
     def info(self) -> WorkerInfo: ...
+    @property
+    def num_coordinators(self) -> int: ...
     def wait(self) -> None: ...
     def stop(self) -> None: ...
     def drain(self) -> None: ...
@@ -71,9 +86,20 @@ class Running(Protocol):
 class HostedWorker(ABC):
     """One worker process. `start` once; `wait` blocks for its whole life; the others answer at once."""
 
-    def __init__(self, spec: WorkerSpec, core_slots: Sequence[int] = ()) -> None:
-        self._spec, self._core_slots = spec, tuple(core_slots)
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        core_slots: Sequence[int] = (),
+        on_abandoned: Callable[[], None] = lambda: None,
+    ) -> None:
+        """on_abandoned: called before the process ends because no coordinator came back in time."""
+        self._spec, self._core_slots, self._on_abandoned = spec, tuple(core_slots), on_abandoned
         self._running: Running | None = None
+        self._changed = threading.Condition()
+        self._num_waiters = 0
+        self._may_end = False
+        """It was asked to stop or to retire: whoever asked ends the process."""
+        self._end: str | BaseException | None = None
 
     def __repr__(self) -> str:
         return str(self._spec.worker)
@@ -113,18 +139,40 @@ class HostedWorker(ABC):
             case [error]:
                 raise error
             case _:
+                threading.Thread(target=self._watch, name="watch-worker", daemon=True).start()
                 yield Started(address=self._require().address, pid=os.getpid(), pinned_cores=cores)
 
     def info(self) -> WorkerInfo:
         return self._require().info
 
+    def describe(self) -> Described:
+        """What a launcher must know to take this worker over. Raises `WorkerLost` before it serves."""
+        running = self._require()
+        return Described(
+            identity=self._spec.identity,
+            epoch=self._spec.epoch,
+            address=running.address,
+            pid=os.getpid(),
+            num_coordinators=running.num_coordinators,
+        )
+
     def wait(self) -> str:
-        """Block until the worker was stopped or has retired; raises what killed its loops."""
-        self._require().wait()
-        return "stopped"
+        """Block until the worker was stopped or has retired; raises what killed its loops.
+
+        A later call ends this one: another launcher watches then.
+        """
+        with self._changed:
+            self._num_waiters += 1
+            me = self._num_waiters
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._end is not None or self._num_waiters != me)
+        if isinstance(self._end, BaseException):
+            raise self._end
+        return self._end or "another launcher watches it"
 
     def stop(self) -> None:
         """End the worker's loops; `wait` returns then."""
+        self._may_end = True
         if self._running is not None:
             self._running.stop()
 
@@ -139,6 +187,7 @@ class HostedWorker(ABC):
     def retire(self, timeout_s: float | None = None) -> None:
         """Drain, and end when nothing is left or the time is up: for SIGTERM and for machines that are taken
         away. None: `coordinator.drain_timeout_s`. Safe in a signal handler."""
+        self._may_end = True
         limit = self._spec.config.coordinator.drain_timeout_s if timeout_s is None else timeout_s
         if self._running is not None:
             self._running.retire(limit)
@@ -149,6 +198,20 @@ class HostedWorker(ABC):
     def ping(self) -> int:
         """The process id: proof that the process answers."""
         return os.getpid()
+
+    def _watch(self) -> None:
+        end: str | BaseException = "stopped"
+        try:
+            self._require().wait()
+        except BaseException as error:  # whoever waits raises it
+            end = error
+        with self._changed:
+            self._end = end
+            self._changed.notify_all()
+        if end == "stopped" and not self._may_end:
+            # The process that started this one is gone, and nobody else would end it.
+            self._on_abandoned()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _load(self, steps: queue.SimpleQueue[Progress | None]) -> Running:
         # Here, not at the top: the launcher imports this module, and must not pay for torch.

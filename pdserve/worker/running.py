@@ -77,6 +77,11 @@ class RunningWorker:
         """Drain, and end like after `stop` when nothing is left here, or after `timeout_s`."""
         self._inbox.put(DrainAsked(time.monotonic() + timeout_s))
 
+    @property
+    def num_coordinators(self) -> int:
+        """Connected now."""
+        return self._host.num_coordinators
+
     def snapshot(self) -> Heartbeat:
         """State after the latest tick. Raises `InvariantViolated` when blocks are not conserved."""
         return _conserved(self._loop.heartbeat())
@@ -131,6 +136,9 @@ def launch(
             on_event=inbox.put,
             heartbeat=lambda: loops[0].heartbeat(),
             heartbeat_s=spec.config.cluster.heartbeat_s,
+            # Without a coordinator that could come back, the process ends with the one that started it.
+            alone_s=spec.config.cluster.linger_s or None,
+            on_alone=inbox.stop,
         )
         lender = None if spec.core_share is None else CoreLender(spec.core_share, torch.set_num_threads)
         loops.append(

@@ -26,5 +26,7 @@ class WorkerSpec:
     device: str = "cpu"
     num_threads: int | None = None
     """Compute threads; None leaves the choice to torch."""
+    identity: str = ""
+    """Of the deployment's settings: who takes this worker over must have the same."""
     core_share: CoreShare | None = None
     """How it lends and borrows cores; None: it does neither."""
