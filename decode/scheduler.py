@@ -14,6 +14,7 @@ from typing import assert_never
 
 from decode.arrivals import NoteStats
 from decode.batch import Batch
+from decode.deferred import Deferred
 from decode.departures import Departures
 from decode.reception import Reception
 from decode.run import DecodePlan, DecodeRun, Source, Stage, Turn
@@ -55,6 +56,7 @@ from pdserve.core.sampling import TokenLogprobs
 from pdserve.engine.batch import Sampled, SampleFailed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
+from pdserve.engine.tiers.store import BlocksLoaded, BlockStored, TierPort, TiersFailed
 from pdserve.worker.compute import WorkResult
 from pdserve.worker.duty import Duty
 from pdserve.worker.events import (
@@ -63,6 +65,7 @@ from pdserve.worker.events import (
     DrainAsked,
     Event,
     FromCoordinator,
+    MoveTier,
     OwnerId,
     Send,
     UndrainAsked,
@@ -71,6 +74,7 @@ from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
+from pdserve.worker.tiering import Tiering
 from pdserve.worker.urgency import decode_urgency
 
 
@@ -86,6 +90,7 @@ class DecodeScheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool,
+        tiers: TierPort | None = None,
     ) -> None:
         self._worker, self._epoch = worker, epoch
         self._block_tokens = block_tokens = layout.block_tokens
@@ -101,6 +106,9 @@ class DecodeScheduler:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
+        self._tiering = Tiering(self._pool, self._cache, tiers, block_tokens=block_tokens)
+        self._deferred = Deferred()
+        self._reading_meter = StepMeter()
         self._runs: dict[AttemptId, DecodeRun] = {}
         self._reception = Reception(worker, self._pool, block_tokens)
         self._peers = PeerTable()
@@ -142,6 +150,9 @@ class DecodeScheduler:
             case DrainAsked() | UndrainAsked():
                 self._duty.process(event)
                 return []
+            case BlockStored() | BlocksLoaded() | TiersFailed():
+                self._tiering.handle(event)
+                return self._fetched(now)
             case TransferStopped():
                 raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
             case _:
@@ -181,6 +192,10 @@ class DecodeScheduler:
         run = self._runs.get(attempt)
         if run is not None:
             return self._end(run, now) if run.owner == owner else []
+        if self._deferred.owner(attempt) is not None:
+            if self._deferred.owner(attempt) == owner:
+                self._deferred.drop(attempt)
+            return []
         if self._departures.knows(attempt):
             return self._departures.cancel(owner, attempt, now)
         if self._reception.quarantines(attempt):
@@ -191,6 +206,7 @@ class DecodeScheduler:
         """Its requests end. Who else is there may find out when blocks it left in quarantine are safe."""
         self._owners.discard(owner)
         self._departures.owner_lost(owner)
+        self._deferred.owner_lost(owner)
         actions: list[Action] = []
         for run in [run for run in self._runs.values() if run.owner == owner]:
             actions += self._end(run, now)
@@ -200,18 +216,24 @@ class DecodeScheduler:
 
     # --- reservation --------------------------------------------------------------------------------
 
-    def _start(self, owner: OwnerId, message: StartDecode, now: float) -> list[Action]:
+    def _start(
+        self, owner: OwnerId, message: StartDecode, now: float, *, fetched: bool = False
+    ) -> list[Action]:
+        """fetched: its prefix has come from the tiers below the pool, or will not."""
         spec = message.spec
         known = self._runs.get(spec.attempt)
-        if known is not None and known.owner == owner:
+        known_owner = self._deferred.owner(spec.attempt) if known is None else known.owner
+        if known_owner == owner:
             return []  # said twice
-        if known is not None or self._reception.quarantines(spec.attempt):
+        if known_owner is not None or self._reception.quarantines(spec.attempt):
             return [Send(owner, attempt_failed(spec.attempt, AttemptInUse(spec.attempt)))]
         refusal = self._refusal(message)
         if refusal is not None:
             reason, detail = refusal
             return [Send(owner, Refused(attempt=spec.attempt, reason=reason, detail=detail))]
         run = self._new_run(owner, message, now)
+        if run.reading and not fetched and self._awaits_tiers(run, message):
+            return self._move_tiers()
         if not self._reserve(run):
             detail = (
                 f"{blocks_for(len(spec.tokens), self._block_tokens)} blocks wanted, {self._pool.counts()}"
@@ -229,6 +251,27 @@ class DecodeScheduler:
             cached_tokens=run.computed,
         )
         return [Send(owner, reserved)]
+
+    def _awaits_tiers(self, run: DecodeRun, message: StartDecode) -> bool:
+        """A part of the prompt's prefix is below the pool, and is brought up before the request starts.
+
+        Not where a prefill worker pushes: it does so while it computes, so nothing would come sooner.
+        """
+        digests = [] if run.num_prompt_logprobs is not None else run.hashes.of(run.tokens)
+        fetch = self._tiering.fetch(digests, len(run.tokens), self._reading_meter.tokens_per_s)
+        if fetch is None or fetch.done:
+            return False
+        self._deferred.add(run.owner, message, fetch)
+        return True
+
+    def _fetched(self, now: float) -> list[Action]:
+        ready = self._deferred.take_ready()
+        return [
+            action for owner, message in ready for action in self._start(owner, message, now, fetched=True)
+        ]
+
+    def _move_tiers(self) -> list[Action]:
+        return [MoveTier(command) for command in self._tiering.commands()]
 
     def _refusal(self, message: StartDecode) -> tuple[RefusalReason, str] | None:
         num_tokens, peer = len(message.spec.tokens), message.prefill_worker
@@ -399,6 +442,7 @@ class DecodeScheduler:
         if run.reading:
             run.prompt_logprobs.extend(result.prompt_logprobs)
             run.compute_s += seconds
+            self._reading_meter.count(seconds=seconds, tokens=turn.end - turn.start)
         run.computed = turn.end
         self._batch.remember(run)
         if sampled is None:
@@ -450,7 +494,7 @@ class DecodeScheduler:
         for run, error in self._reception.expired(now):
             actions += self._fail_run(run, error, now)
         self._pool.check()
-        return actions
+        return actions + self._move_tiers()
 
     def next_wake(self) -> float | None:
         return self._reception.next_wake()
@@ -468,7 +512,7 @@ class DecodeScheduler:
             worker=self._worker,
             epoch=self._epoch,
             blocks=self._pool.counts(),
-            waiting=len(self._reception) + self._batch.num_preempted,
+            waiting=len(self._reception) + len(self._deferred) + self._batch.num_preempted,
             running=self._batch.num_running,
             waiting_tokens=self._batch.context_tokens,
             step_s=self._meter.step_s,
@@ -478,6 +522,7 @@ class DecodeScheduler:
             prefix_hit_tokens=self._cache.stats.hit_tokens,
             prefix_query_tokens=self._cache.stats.query_tokens,
             steps=self._meter.steps,
+            tiers=self._tiering.counts(),
             draining=self._duty.draining,
             role=self._duty.role,
             stopping=self._duty.stopping,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from decode.scheduler import DecodeScheduler
+from pdserve.engine.tiers.store import TierPort
 from pdserve.worker.backends import configured_backend
 from pdserve.worker.compute import compute
 from pdserve.worker.loop import Perform
@@ -42,7 +43,7 @@ def start_decode_worker(
     """
     settings = spec.config.decode
 
-    def make_role(engine: EnginePort) -> DecodeRole:
+    def make_role(engine: EnginePort, tiers: TierPort | None) -> DecodeRole:
         scheduler = DecodeScheduler(
             worker=spec.worker,
             epoch=spec.epoch,
@@ -52,6 +53,7 @@ def start_decode_worker(
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             prefix_caching=spec.config.cache.enable_prefix_caching,
+            tiers=tiers,
         )
         return DecodeRole(scheduler, engine)
 

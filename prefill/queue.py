@@ -11,6 +11,7 @@ import bisect
 from pdserve.core.layout import blocks_for
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import BlockHash, PrefixCache
+from pdserve.worker.tiering import Tiering
 from prefill.run import Chunk, PrefillRun, Stage
 
 
@@ -21,12 +22,13 @@ class PromptQueue:
         self,
         pool: BlockPool,
         cache: PrefixCache,
+        tiering: Tiering,
         *,
         block_tokens: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
     ) -> None:
-        self._pool, self._cache = pool, cache
+        self._pool, self._cache, self._tiering = pool, cache, tiering
         self._block_tokens = block_tokens
         # A chunk is at least a block, or a long prompt would never advance.
         self._budget = max(max_num_batched_tokens, block_tokens)
@@ -54,14 +56,19 @@ class PromptQueue:
         self._pool.release_all(run.blocks, run.holder)
         run.stage = Stage.SETTLING
 
-    def schedule(self) -> tuple[list[Chunk], list[PrefillRun]]:
-        """Chunks of the next step, and the prompts that begin with it."""
+    def schedule(self, tokens_per_s: float) -> tuple[list[Chunk], list[PrefillRun]]:
+        """Chunks of the next step, and the prompts that begin with it.
+
+        tokens_per_s: how fast prompts were read of late, 0 where that is not known.
+        """
         chunks: list[Chunk] = []
         begun: list[PrefillRun] = []
         budget, seats = self._budget, self._max_num_seqs - self.num_computing
         full = False
         for run in self._runs:
             if run.stage is Stage.WAITING:
+                if not full and self._awaits_tiers(run, tokens_per_s):
+                    continue  # what comes from below does not hold up the others
                 # No skipping ahead: a long prompt would starve behind short ones that keep fitting.
                 full = full or seats <= 0 or not self._admit(run, budget)
                 if full:
@@ -81,6 +88,12 @@ class PromptQueue:
         hashes = run.hashes.of(run.spec.tokens)
         for index in range(chunk.start // size, chunk.end // size):
             self._cache.insert(hashes[index], run.blocks[index])
+
+    def _awaits_tiers(self, run: PrefillRun, tokens_per_s: float) -> bool:
+        """A part of its prefix is on its way into the pool, from host memory or disk."""
+        if run.fetch is None:
+            run.fetch = self._tiering.fetch(self._usable_hashes(run), run.num_tokens, tokens_per_s)
+        return run.fetch is not None and not run.fetch.done
 
     def _admit(self, run: PrefillRun, budget: int) -> bool:
         """Take blocks for the whole prompt, the cached prefix first; False when there are not enough, or when

@@ -14,6 +14,7 @@ from pdserve.engine.prefix_cache import PrefixHashes
 from pdserve.worker.compute import PromptLogprobs, Work, slice_logits
 from pdserve.worker.events import OwnerId
 from pdserve.worker.pushes import PushBook
+from pdserve.worker.tiering import Fetch
 from pdserve.worker.urgency import Urgency
 
 
@@ -35,6 +36,8 @@ class PrefillRun:
     hashes: PrefixHashes
     pushes: PushBook
     stage: Stage = Stage.WAITING
+    fetch: Fetch | None = None
+    """What it waits for from the tiers below the pool; None: not asked yet."""
     blocks: list[BlockId] = field(default_factory=list)
     computed: int = 0
     """Tokens whose KV is in the blocks."""

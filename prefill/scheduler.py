@@ -49,6 +49,7 @@ from pdserve.core.messages import (
 from pdserve.engine.batch import Sampled, SampleFailed
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
+from pdserve.engine.tiers.store import BlocksLoaded, BlockStored, TierPort, TiersFailed
 from pdserve.worker.compute import WorkResult
 from pdserve.worker.duty import Duty
 from pdserve.worker.events import (
@@ -57,6 +58,7 @@ from pdserve.worker.events import (
     DrainAsked,
     Event,
     FromCoordinator,
+    MoveTier,
     OwnerId,
     Send,
     UndrainAsked,
@@ -66,6 +68,7 @@ from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
 from pdserve.worker.pushes import PushBook
+from pdserve.worker.tiering import Tiering
 from pdserve.worker.urgency import prefill_urgency
 from prefill.queue import PromptQueue
 from prefill.run import Chunk, PrefillPlan, PrefillRun, Stage
@@ -84,14 +87,17 @@ class PrefillScheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         prefix_caching: bool,
+        tiers: TierPort | None = None,
     ) -> None:
         self._worker, self._epoch = worker, epoch
         self._layout, self._max_len = layout, max_len
         self._pool = BlockPool(num_blocks)
         self._cache = PrefixCache(self._pool, block_tokens=layout.block_tokens, enabled=prefix_caching)
+        self._tiering = Tiering(self._pool, self._cache, tiers, block_tokens=layout.block_tokens)
         self._queue = PromptQueue(
             self._pool,
             self._cache,
+            self._tiering,
             block_tokens=layout.block_tokens,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
@@ -122,6 +128,9 @@ class PrefillScheduler:
                 return self._fail_peer(event.peer, PeerLost(event.peer, event.error), now)
             case DrainAsked() | UndrainAsked():
                 self._duty.process(event)
+                return []
+            case BlockStored() | BlocksLoaded() | TiersFailed():
+                self._tiering.handle(event)
                 return []
             case TransferStopped():
                 raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
@@ -283,8 +292,8 @@ class PrefillScheduler:
 
     def schedule(self, now: float) -> tuple[PrefillPlan | None, list[Action]]:
         """The next step, and what is to be done before it. None: nothing can be computed now."""
-        chunks, begun = self._queue.schedule()
-        actions: list[Action] = []
+        chunks, begun = self._queue.schedule(self._meter.tokens_per_s)
+        actions: list[Action] = [MoveTier(command) for command in self._tiering.commands()]
         for run in begun:
             queue_s = now - run.received
             started = PrefillStarted(attempt=run.attempt, cached_tokens=run.computed, queue_s=queue_s)
@@ -343,7 +352,7 @@ class PrefillScheduler:
 
     def sweep(self, now: float) -> list[Action]:
         self._pool.check()
-        return []
+        return [MoveTier(command) for command in self._tiering.commands()]
 
     def next_wake(self) -> float | None:
         """Deadlines of pushes are the transfer service's; requests' are the coordinator's."""
@@ -372,6 +381,7 @@ class PrefillScheduler:
             prefix_hit_tokens=self._cache.stats.hit_tokens,
             prefix_query_tokens=self._cache.stats.query_tokens,
             steps=self._meter.steps,
+            tiers=self._tiering.counts(),
             draining=self._duty.draining,
             role=self._duty.role,
             stopping=self._duty.stopping,

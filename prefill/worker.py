@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from pdserve.engine.tiers.store import TierPort
 from pdserve.worker.backends import configured_backend
 from pdserve.worker.compute import compute
 from pdserve.worker.loop import Perform
@@ -52,7 +53,7 @@ def start_prefill_worker(
     """
     settings = spec.config.prefill
 
-    def make_role(engine: EnginePort) -> PrefillRole:
+    def make_role(engine: EnginePort, tiers: TierPort | None) -> PrefillRole:
         scheduler = PrefillScheduler(
             worker=spec.worker,
             epoch=spec.epoch,
@@ -62,6 +63,7 @@ def start_prefill_worker(
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_num_seqs=settings.max_num_seqs,
             prefix_caching=spec.config.cache.enable_prefix_caching,
+            tiers=tiers,
         )
         return PrefillRole(scheduler, engine, layer_groups=spec.config.transfer.layer_groups)
 

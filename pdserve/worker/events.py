@@ -13,6 +13,7 @@ from typing import NewType
 from kvtransfer.protocol import Push, TransferEvent
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.messages import ConnectPeer, Message
+from pdserve.engine.tiers.store import TierCommand, TierEvent
 
 OwnerId = NewType("OwnerId", int)
 """One connection of one coordinator; a coordinator that reconnects is a new owner."""
@@ -44,7 +45,7 @@ class UndrainAsked:
     """By this worker's own process: it stays after all."""
 
 
-Event = FromCoordinator | CoordinatorLost | DrainAsked | UndrainAsked | TransferEvent
+Event = FromCoordinator | CoordinatorLost | DrainAsked | UndrainAsked | TransferEvent | TierEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,14 @@ class DisconnectTransfer:
     epoch: int
 
 
-Action = Send | SubmitPush | ConnectTransfer | DisconnectTransfer
+@dataclass(frozen=True, slots=True)
+class MoveTier:
+    """Copy blocks between the pool and the tiers below it."""
+
+    command: TierCommand
+
+
+Action = Send | SubmitPush | ConnectTransfer | DisconnectTransfer | MoveTier
 Actions = Sequence[Action]
 
 

@@ -20,6 +20,7 @@ from typing import Final, Protocol, assert_never
 from pdserve.core.errors import InvariantViolated
 from pdserve.core.ids import AttemptId
 from pdserve.core.messages import Heartbeat, Message
+from pdserve.engine.tiers.store import TierPort
 from pdserve.worker.cores import CoreLender
 from pdserve.worker.events import (
     Action,
@@ -29,6 +30,7 @@ from pdserve.worker.events import (
     DrainAsked,
     Event,
     FromCoordinator,
+    MoveTier,
     OwnerId,
     Send,
     SubmitPush,
@@ -126,11 +128,13 @@ class ComputeLoop:
         transfer: TransferPort,
         inbox: Inbox,
         lender: CoreLender | None = None,
+        tiers: TierPort | None = None,
         linger_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._role, self._host, self._transfer = role, host, transfer
         self._inbox, self._lender, self._clock = inbox, lender, clock
+        self._tiers = tiers
         self._outgoing: dict[OwnerId, list[Message]] = {}
         self._published = threading.Condition()
         self._beat = role.scheduler.heartbeat()
@@ -252,6 +256,9 @@ class ComputeLoop:
                     self._transfer.connect(peer.peer, peer.epoch, peer.fingerprint, peer.metadata)
                 case DisconnectTransfer(name, epoch):
                     self._transfer.disconnect(name, epoch)
+                case MoveTier(command):
+                    if self._tiers is not None:
+                        self._tiers.submit(command)
                 case _:
                     assert_never(action)
 

@@ -19,6 +19,8 @@ from pdserve.core import messages
 from pdserve.core.errors import ConfigError, InvariantViolated
 from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.engine.build import build_engine
+from pdserve.engine.tiers.build import block_bytes_of, make_tiers
+from pdserve.engine.tiers.store import TierPort
 from pdserve.models.ops import Workload
 from pdserve.worker.cores import CoreLender
 from pdserve.worker.events import DrainAsked, UndrainAsked
@@ -45,7 +47,9 @@ class RunningWorker:
         inbox: Inbox,
         transfer: TransferPort,
         device: torch.device,
+        tiers: TierPort | None = None,
     ) -> None:
+        self._tiers = tiers
         self._device = device
         self.info, self.address = info, address
         self._host, self._loop, self._inbox, self._transfer = host, loop, inbox, transfer
@@ -64,6 +68,11 @@ class RunningWorker:
         self._inbox.stop()
         self._thread.join()
 
+    @property
+    def num_coordinators(self) -> int:
+        """Connected now."""
+        return self._host.num_coordinators
+
     def drain(self) -> None:
         """Take no new requests; coordinators move those that run. Safe in a signal handler, as are the next
         two: they put an event into the inbox, and return."""
@@ -76,11 +85,6 @@ class RunningWorker:
     def retire(self, timeout_s: float) -> None:
         """Drain, and end like after `stop` when nothing is left here, or after `timeout_s`."""
         self._inbox.put(DrainAsked(time.monotonic() + timeout_s))
-
-    @property
-    def num_coordinators(self) -> int:
-        """Connected now."""
-        return self._host.num_coordinators
 
     def snapshot(self) -> Heartbeat:
         """State after the latest tick. Raises `InvariantViolated` when blocks are not conserved."""
@@ -101,14 +105,18 @@ class RunningWorker:
             # A worker that cannot compute must not look alive: coordinators see their connections end.
             self._host.stop()
             self._transfer.stop()
+            if self._tiers is not None:
+                self._tiers.stop()
             if not self._transfer.join(TRANSFER_STOP_S):
                 log.error("the transfer thread of %s does not end", self.info.worker)
+            if self._tiers is not None and not self._tiers.join(TRANSFER_STOP_S):
+                log.error("the tier thread of %s does not end", self.info.worker)
 
 
 def launch(
     spec: WorkerSpec,
     engine: EnginePort,
-    make_role: Callable[[EnginePort], Role],
+    make_role: Callable[[EnginePort, TierPort | None], Role],
     *,
     max_num_seqs: int,
     backend_factory: BackendFactory,
@@ -116,10 +124,11 @@ def launch(
     """Put a worker's parts together and start them: transfers first, then the channel, then computing."""
     regions = pool_regions(engine)
     inbox = Inbox(time.monotonic)
+    tiers = _tiers(spec, engine, inbox)
     backend = backend_factory(spec.worker, spec.epoch, regions, engine.fingerprint)
     with contextlib.ExitStack() as undo:
         undo.callback(backend.close)
-        role = make_role(engine)
+        role = make_role(engine, tiers)
         info = _info(spec, engine, metadata=backend.metadata, max_num_seqs=max_num_seqs)
         transfer = TransferService(
             backend,
@@ -130,6 +139,9 @@ def launch(
         undo.pop_all()
         transfer.start()
         undo.callback(transfer.stop)
+        if tiers is not None:
+            tiers.start()
+            undo.callback(tiers.stop)
         loops: list[ComputeLoop] = []
         host = WorkerHost(
             info=info,
@@ -148,6 +160,7 @@ def launch(
                 transfer=transfer,
                 inbox=inbox,
                 lender=lender,
+                tiers=tiers,
                 linger_s=2 * spec.config.cluster.heartbeat_s,
             )
         )
@@ -161,7 +174,15 @@ def launch(
         inbox=inbox,
         transfer=transfer,
         device=engine.runner.pools[0].device,
+        tiers=tiers,
     )
+
+
+def _tiers(spec: WorkerSpec, engine: EnginePort, inbox: Inbox) -> TierPort | None:
+    """Below the pool of a model's one cache group."""
+    pool = engine.runner.pools[0]
+    blocks = block_bytes_of(pool.tensor, pool.layout, pool.num_blocks)
+    return make_tiers(spec.config.cache, spec.worker, engine.fingerprint, blocks, inbox.put)
 
 
 def _prepare_thread(device: torch.device) -> None:

@@ -49,7 +49,7 @@ class DeviceBlocks:
         self.block_bytes = layout.block_bytes
         self._blocks = pool.view(torch.uint8).view(num_blocks, self.block_bytes)
         self._pinned = torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=True)
-        self._stream = torch.cuda.Stream(pool.device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]  # torch
 
     def read(self, block: int, into: Bytes) -> None:
         with torch.cuda.stream(self._stream):

@@ -40,6 +40,10 @@ _SCRATCH: Final = ".new"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class DirectoryInUse(ConfigError):
+    """Another process has the tier's directory."""
+
+
 @dataclass(slots=True)
 class DiskCounters:
     """Since start."""
@@ -72,8 +76,11 @@ class DiskTier:
             self._recover()
         except OSError as error:
             os.close(self._lock)
-            what = "is in use by another worker process" if error.errno == errno.EWOULDBLOCK else str(error)
-            raise ConfigError(f"cache.disk_tier_path: {directory} {what}") from error
+            if error.errno == errno.EWOULDBLOCK:
+                raise DirectoryInUse(
+                    f"cache.disk_tier_path: {directory} is in use by another worker process"
+                ) from error
+            raise ConfigError(f"cache.disk_tier_path: {directory} cannot be used: {error}") from error
 
     def __contains__(self, digest: BlockHash) -> bool:
         return digest in self._files

@@ -20,7 +20,6 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from pdserve.core.errors import TransferError
 from pdserve.core.ids import BlockId
 from pdserve.core.messages import TierCounts
 from pdserve.engine.prefix_cache import BlockHash
@@ -131,10 +130,10 @@ class TierStore:
         self._thread.start()
 
     def submit(self, command: TierCommand) -> None:
-        """Raises `TransferError` after `stop`."""
+        """Ignored once it has stopped or failed: `TiersFailed` ends everything."""
         with self._changed:
             if self._stopping:
-                raise TransferError("the KV tiers have stopped")
+                return
             if isinstance(command, LoadBlocks):
                 self._loads.append(command)
                 self._blocks_to_load += len(command.blocks)
