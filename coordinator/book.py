@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from coordinator.decisions import Decision, DecisionLog, Placement
 from coordinator.fleet import Fleet
 from coordinator.flight import Attempt, Flight
 from coordinator.pushes import PushLedger
 from coordinator.router import Router
+from coordinator.sla import Goal
 from coordinator.waiting import WaitingQueue
 from pdserve.core.config import Admission
 from pdserve.core.ids import RequestId, WorkerId
@@ -45,6 +47,8 @@ class Book:
     """Requests whose decode worker awaits KV, and when their lease was renewed last."""
     orphans: dict[WorkerId, list[tuple[WorkerId, Orphaned]]] = field(default_factory=dict)
     """By who may still write: decode workers with blocks in quarantine, until the writer can be asked."""
+    decisions: DecisionLog = field(default_factory=DecisionLog)
+    """Why requests went where they went."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
     _gap_s: float = 1.0
     last_end: float | None = None
@@ -56,6 +60,22 @@ class Book:
     def enqueue(self, flight: Flight) -> None:
         queue = self.waiting.setdefault(flight.request.model, WaitingQueue())
         queue.push(flight.id, priority=flight.request.priority, order=flight.order)
+
+    def decided(self, flight: Flight, placement: Placement, goal: Goal, now: float) -> None:
+        """Keep why, for who asks later."""
+        self.decisions.add(
+            Decision(
+                request=flight.id,
+                attempt=flight.record.attempt,
+                at=now,
+                model=flight.request.model,
+                tokens=flight.num_tokens,
+                policy=str(self.router.policy),
+                ttft_target_s=goal.ttft_s,
+                tpot_target_s=goal.tpot_s,
+                placement=placement,
+            )
+        )
 
     def release(self, attempt: Attempt) -> None:
         """Stop counting an attempt as load of its workers."""

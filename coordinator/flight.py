@@ -10,7 +10,7 @@ from coordinator.account import Leg, Marks
 from coordinator.breakdown import after_first_token, before_first_token, longest
 from coordinator.events import NewRequest
 from coordinator.report import Report
-from coordinator.router import Placement
+from coordinator.decisions import Placement
 from coordinator.sla import Forecast, Goal
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase, RequestRecord
@@ -96,7 +96,8 @@ class Flight:
 
     def goal(self, now: float) -> Goal:
         target = None if self.request.ttft_target_s is None or self.output else self.due - now
-        return Goal(ttft_s=target, tpot_s=self.request.tpot_target_s, due=self.due)
+        left = max(self.request.sampling.max_tokens - len(self.output), 1)
+        return Goal(ttft_s=target, tpot_s=self.request.tpot_target_s, due=self.due, answer_tokens=left)
 
     def predict(self, forecast: Forecast | None, now: float) -> None:
         """Kept from the first placement, for comparison with what it comes to."""

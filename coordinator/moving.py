@@ -21,8 +21,7 @@ from coordinator.events import Action, Send
 from coordinator.failures import failure_of
 from coordinator.fleet import WorkerState
 from coordinator.flight import Attempt, Flight
-from coordinator.policies import Choice
-from coordinator.router import Placement
+from coordinator.decisions import Choice, Placement
 from pdserve.core.ids import WorkerId
 from pdserve.core.lifecycle import Phase
 from pdserve.core.messages import (
@@ -124,7 +123,7 @@ def _offer(book: Book, flight: Flight, source: WorkerState, now: float) -> list[
         placement=Placement(choice, Choice(source.id, (), "it runs there")),
         base=len(flight.output),
     )
-    target.place_decode(flight.moving.id, flight.num_tokens)
+    target.place_decode(flight.moving.id, flight.num_tokens, flight.request.tpot_target_s)
     spec = flight.spec()
     # Without the newest token: nobody has computed its KV.
     spec = dataclasses.replace(spec, tokens=spec.tokens[:-1])
@@ -174,6 +173,9 @@ def _arrived(book: Book, flight: Flight, moving: Attempt, now: float) -> list[Ac
     before = flight.attempt
     assert before is not None
     flight.moving = None
+    target = book.fleet.get(moving.decode)
+    if target is not None:
+        target.decodes(moving.id)
     close_leg(book.fleet, flight, before, now)
     flight.attempt = dataclasses.replace(
         before,

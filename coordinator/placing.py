@@ -66,7 +66,8 @@ def place_waiting(book: Book, now: float) -> list[Action]:
             )
             if placement is None:
                 break
-            flight.predict(book.router.forecast(book.fleet, placement, flight.num_tokens, goal), now)
+            flight.predict(book.router.forecast(placement), now)
+            book.decided(flight, placement, goal, now)
             queue.discard(request)
             flight.attempt = Attempt(
                 id=flight.record.attempt_id, placement=placement, base=len(flight.output)
@@ -79,7 +80,7 @@ def _offer(book: Book, flight: Flight, attempt: Attempt, now: float) -> Action:
     flight.record.move_to(Phase.ADMITTED, now=now)
     decode, prefill = book.fleet.up(attempt.decode), book.fleet.up(attempt.prefill)
     if decode is not None:
-        decode.place_decode(attempt.id, flight.num_tokens)
+        decode.place_decode(attempt.id, flight.num_tokens, flight.request.tpot_target_s)
     reader = prefill or decode
     if reader is not None:
         reader.place_prefill(attempt.id, flight.num_tokens, flight.due)
@@ -100,6 +101,7 @@ def reserved(book: Book, flight: Flight, attempt: Attempt, message: Reserved, no
         reader.latency.prompt_sent(attempt.id, flight.num_tokens, now)
     if attempt.prefill is None:
         decode.latency.prompt_cached(attempt.id, message.cached_tokens)
+        decode.prefill_reached(attempt.id, max(flight.num_tokens - message.cached_tokens, 1))
         return []
     book.leased[flight.id] = now
     book.pushes.opened(attempt.id, attempt.prefill, attempt.decode, decode.info.epoch)

@@ -105,6 +105,9 @@ def prefill_done(
 
 def kv_arrived(book: Book, flight: Flight, attempt: Attempt, now: float) -> None:
     attempt.kv_arrived = True
+    decode = book.fleet.get(attempt.decode)
+    if decode is not None:
+        decode.decodes(attempt.id)
     attempt.marks.arrived = now
     book.leased.pop(flight.id, None)
     if flight.record.phase in (Phase.PREFILLING, Phase.TRANSFERRING):

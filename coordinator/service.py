@@ -77,7 +77,10 @@ class Coordinator:
         models = {model.served.name: model for model in loaded}
         settings = self._config.coordinator
         dispatcher = Dispatcher(
-            Registry(_registry_settings(self._config), Router(settings.policy, self._config.seed)),
+            Registry(
+                _registry_settings(self._config),
+                Router(settings.policy, self._config.seed, settings.local_prefill),
+            ),
             self._metrics,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
             step_timeout_s=settings.step_timeout_s,

@@ -33,7 +33,7 @@ from coordinator.simulator.prefill_worker import PrefillWorker
 from coordinator.simulator.profile import Profile
 from coordinator.simulator.worker import Worker
 from coordinator.simulator.workload import Arrival
-from pdserve.core.config import Admission, RoutingPolicy
+from pdserve.core.config import Admission, LocalPrefill, RoutingPolicy
 from pdserve.core.errors import ConfigError, PdServeError
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.layout import CacheGroup, Fingerprint, GroupLayout
@@ -73,6 +73,7 @@ class Setup:
     profile: Profile
     policy: RoutingPolicy
     admission: Admission = Admission.DEADLINE
+    local_prefill: LocalPrefill = LocalPrefill.AUTO
     seed: int = 0
     max_queued_requests: int = 100_000
     timeout_s: float = 600.0
@@ -117,7 +118,7 @@ class World:
             transfer_deadline_s=30.0,
             admission=setup.admission,
         )
-        self.registry: Final = Registry(settings, Router(setup.policy, setup.seed))
+        self.registry: Final = Registry(settings, Router(setup.policy, setup.seed, setup.local_prefill))
         self.clock: Final = Clock(network_s=_NET_S)
         self._workers: dict[WorkerId, Worker] = {}
         self._roles: dict[WorkerId, Role] = {}

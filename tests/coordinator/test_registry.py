@@ -88,7 +88,7 @@ def test_an_answer_comes_whole_and_leaves_nothing_behind(world: World) -> None:
     assert world.output[RequestId("r")] == continuation([1, 2, 3], 7)
     report = world.ends[RequestId("r")].report
     assert (report.prefill_worker, report.decode_worker, report.attempts) == (P, D, 1)
-    assert (report.bytes_moved, report.transfer_path, report.transfer_exposed_s) == (4096, "fake", 0.125)
+    assert (report.bytes_moved, report.transfer_path, report.transfer_exposed_s) == (4096, "fake", 0.015625)
     assert (report.prefill_s, report.prompt_tokens, report.output_tokens) == (0.5, 3, 7)
     world.assert_at_rest()
 
@@ -473,8 +473,8 @@ def test_other_samples_follow_the_first_once_its_kv_can_be_shared(world: World) 
     world.submit(*(new_request(f"r.{index}", prompt=prompt) for index in range(3)))
     assert len(sent(world, StartDecode)) == 1
     world.run()
-    placed = {(end.report.prefill_worker, end.report.decode_worker) for end in world.ends.values()}
-    assert len(placed) == 1
+    assert len({end.report.decode_worker for end in world.ends.values()}) == 1
+    assert len({end.report.prefill_worker for end in world.ends.values()} - {""}) == 1
     assert len(world.ends) == 3
     world.assert_at_rest()
 

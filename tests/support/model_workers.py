@@ -211,7 +211,7 @@ class ModelDecode:
         held = self.reservations.get(attempt)
         if held is not None and held.moving is None:
             return [PushesSettled(attempt=to)]
-        return [TransferDone(attempt=to, bytes_moved=4096, exposed_s=0.125, busy_s=0.25, path="fake")]
+        return [TransferDone(attempt=to, bytes_moved=4096, exposed_s=0.015625, busy_s=0.25, path="fake")]
 
     def _start(self, message: StartDecode) -> list[Up]:
         spec, attempt = message.spec, message.spec.attempt
@@ -421,7 +421,7 @@ class ModelPrefill:
                 ]
         self.in_flight.discard(attempt)
         del self.readings[attempt]
-        return [TransferDone(attempt=attempt, bytes_moved=4096, exposed_s=0.125, busy_s=0.25, path="fake")]
+        return [TransferDone(attempt=attempt, bytes_moved=4096, exposed_s=0.015625, busy_s=0.25, path="fake")]
 
     def heartbeat(self) -> Heartbeat:
         return _heartbeat(self.info, self.info.num_blocks, 0, len(self.readings))
