@@ -44,7 +44,7 @@ def cost_us(policy: RoutingPolicy, fleet: Fleet, *, rounds: int = 5, calls: int 
         for _ in range(calls):
             placement = router.place(fleet, MODEL, _PROMPT, goal=goal)
             if placement is not None:
-                router.forecast(fleet, placement, _PROMPT, goal)
+                router.forecast(placement)
         least = min(least, (time.process_time() - began) / calls)
     return least * 1e6
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 import math
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from coordinator.account import Pace
 from coordinator.latency import ASSUMED_TOKENS_PER_S, LatencyModel, Work
+from coordinator.pool import Pool
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import blocks_for
 from pdserve.core.messages import Heartbeat, Role, WorkerInfo
@@ -48,6 +47,11 @@ class WorkerState:
     pace: Pace = field(default_factory=Pace)
     kv_token_bytes: int = field(init=False)
     """What one token's KV takes in this worker's pool."""
+    on_change: Callable[[WorkerId, WorkerState], None] | None = None
+    """Told after its load, or whether it takes requests, may have changed."""
+    _arriving: set[AttemptId] = field(default_factory=set)
+    """Placed here to decode, whose prompts have not been read yet."""
+    _tpot_targets: dict[AttemptId, float] = field(default_factory=dict)
     _blocks_sum: int = 0
     _prefill_sum: int = 0
     _pairs_sum: float = 0.0
@@ -68,19 +72,61 @@ class WorkerState:
     def takes_decode(self) -> bool:
         return self.up and not self.draining and not self.full and len(self.unanswered) < self.window
 
+    def takes_prompts(self) -> bool:
+        return self.up and not self.draining
+
+    def why_not(self) -> str:
+        """Why it takes no requests; empty: it does."""
+        if not self.up:
+            return "its connection is being made again" if self.redialling else "it is down"
+        if self.draining:
+            return "it is draining"
+        if self.info.role is Role.PREFILL:
+            return ""
+        if self.full:
+            return "it had no room for the last one, and nothing has left it since"
+        if len(self.unanswered) >= self.window:
+            return f"{len(self.unanswered)} offers wait for its answer"
+        return ""
+
     def reserved(self, attempt: AttemptId) -> None:
         self.unanswered.discard(attempt)
         self.window += 1
+        self._changed()
 
     def refused(self) -> None:
         """It has no room: ask again when there may be some, and carefully."""
         self.full, self.window = True, 1
 
-    def place_decode(self, attempt: AttemptId, tokens: int) -> None:
+    def place_decode(self, attempt: AttemptId, tokens: int, tpot_target_s: float | None = None) -> None:
         blocks = blocks_for(tokens + 1, self.info.block_tokens)
         self.blocks_placed[attempt] = blocks
         self._blocks_sum += blocks
         self.unanswered.add(attempt)
+        self._arriving.add(attempt)
+        if tpot_target_s is not None:
+            self._tpot_targets[attempt] = tpot_target_s
+        self._changed()
+
+    def decodes(self, attempt: AttemptId) -> None:
+        """Its prompt has been read: it writes its answer from now on."""
+        self._arriving.discard(attempt)
+
+    @property
+    def num_decoding(self) -> int:
+        """Answers that are being written here, of those that were placed here."""
+        return len(self.blocks_placed) - len(self._arriving)
+
+    @property
+    def num_arriving(self) -> int:
+        """Placed here to decode, and their prompts are not read yet."""
+        return len(self._arriving)
+
+    @property
+    def tpot_targets(self) -> tuple[float, int]:
+        """Seconds, the tightest of the answers placed here (infinite without any), and how many have one."""
+        targets = self._tpot_targets
+        return (min(targets.values()), len(targets)) if targets else (math.inf, 0)
 
     def place_prefill(self, attempt: AttemptId, tokens: int, due: float = math.inf) -> None:
         """due: when its first token is due; prompts are read in this order."""
@@ -89,6 +135,7 @@ class WorkerState:
         self.prefill_left[attempt] = self._prefill_totals[attempt] = tokens
         self._prefill_sum += tokens
         self._pairs_sum += tokens * tokens / 2
+        self._changed()
 
     def prefill_reached(self, attempt: AttemptId, left: int) -> None:
         """`left` more tokens of this prompt to compute; 0 forgets it."""
@@ -104,12 +151,15 @@ class WorkerState:
             del self.prefill_left[attempt], self._prefill_totals[attempt], self._due[attempt]
             if not self._due:
                 self._latest_due = -math.inf
+        self._changed()
 
     def release(self, attempt: AttemptId) -> None:
         """The attempt has left this worker, or never got in."""
         self.unanswered.discard(attempt)
         self.prefill_reached(attempt, 0)
         self.latency.prompt_dropped(attempt)
+        self._arriving.discard(attempt)
+        self._tpot_targets.pop(attempt, None)
         blocks = self.blocks_placed.pop(attempt, None)
         if blocks is not None:
             self._blocks_sum -= blocks
@@ -117,6 +167,11 @@ class WorkerState:
 
     def room_may_have_appeared(self) -> None:
         self.full = False
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change(self.info.worker, self)
 
     @property
     def idle(self) -> bool:
@@ -153,12 +208,25 @@ class WorkerState:
                 pairs += (total * total - (total - left) ** 2) / 2
         return Work(prompts, tokens, pairs)
 
-    def batch_with(self, tokens: int) -> tuple[int, int]:
-        """Sequences and context tokens of its steps, as far as is known, once `tokens` more have joined."""
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Sequences and context tokens of its steps, as far as is known, with those about to join."""
         seqs, context = len(self.blocks_placed), self._blocks_sum * self.info.block_tokens
         beat = self.heartbeat
         if beat is not None and self.info.role is Role.DECODE:
             seqs, context = max(seqs, beat.running), max(context, beat.waiting_tokens)
+        return seqs, context
+
+    @property
+    def decoding(self) -> tuple[int, int]:
+        """The part of `batch` whose prompts have been read."""
+        seqs, context = self.batch
+        seqs = max(seqs - len(self._arriving), 0)
+        return seqs, context * seqs // max(len(self.blocks_placed), seqs, 1)
+
+    def batch_with(self, tokens: int) -> tuple[int, int]:
+        """`batch` once `tokens` more have joined."""
+        seqs, context = self.batch
         return seqs + 1, context + tokens
 
     def prefill_wait_s(self, tokens: int) -> float:
@@ -184,8 +252,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._workers: dict[WorkerId, WorkerState] = {}
-        self._kinds: dict[tuple[str, Role], list[WorkerState]] = {}
-        """By model and role, each in order of names."""
+        self._pools: dict[tuple[str, Role], Pool] = {}
 
     def __iter__(self) -> Iterator[WorkerState]:
         return iter(self._workers.values())
@@ -193,14 +260,12 @@ class Fleet:
     def add(self, state: WorkerState) -> None:
         self.forget(state.id)
         self._workers[state.id] = state
-        kind = self._kinds.setdefault((state.model, state.info.role), [])
-        bisect.insort(kind, state, key=lambda s: s.id)
+        self.pool(state.model, state.info.role).add(state)
 
     def forget(self, worker: WorkerId) -> None:
         state = self._workers.pop(worker, None)
         if state is not None:
-            kind = self._kinds[(state.model, state.info.role)]
-            kind[:] = [other for other in kind if other is not state]
+            self.pool(state.model, state.info.role).forget(state)
 
     def get(self, worker: WorkerId | None, epoch: int | None = None) -> WorkerState | None:
         """The worker, if it is known (in this epoch)."""
@@ -214,11 +279,19 @@ class Fleet:
 
     def of(self, model: str, role: Role) -> list[WorkerState]:
         """Workers that can be talked to, by name."""
-        return [state for state in self._kinds.get((model, role), ()) if state.up]
+        return self.pool(model, role).up()
 
-    def some(self, model: str, role: Role, limit: int, rng: random.Random) -> list[WorkerState]:
-        """All that can be talked to, or about `limit` of them where there are more, drawn at random."""
-        kind = self._kinds.get((model, role), [])
-        if len(kind) <= limit:
-            return self.of(model, role)
-        return sorted((s for s in rng.sample(kind, limit) if s.up), key=lambda s: s.id)
+    def pool(self, model: str, role: Role) -> Pool:
+        pool = self._pools.get((model, role))
+        if pool is None:
+            load = _batch_load if role is Role.DECODE else _queue_load
+            pool = self._pools[(model, role)] = Pool(load)
+        return pool
+
+
+def _batch_load(state: WorkerState) -> float:
+    return state.decode_load(0)
+
+
+def _queue_load(state: WorkerState) -> float:
+    return state.prefill_wait_s(0)

@@ -4,6 +4,10 @@
     decode    seconds = d + e * sequences + f * context tokens               a step, from heartbeats
     exposed   seconds = g + h * bytes                                        KV under way after prefill ended
 
+A decode worker that reads prompts takes both at once. Its decode is learned from heartbeats between which it
+read nothing, its prefill from steps less what its answers take of them; how much longer its steps are on
+average for what it reads is kept beside them.
+
 Prefill is additive in its features, so that the time until a whole queue has been read is one product with
 the queue's sums. It is learned from what passes between two frames of a busy worker, not from the time that
 a prompt says it took: prompts share steps, and each counts the whole of it.
@@ -23,6 +27,10 @@ ASSUMED_TOKENS_PER_S: Final = 1000.0
 _PREFILL_PRIOR: Final = (100 / ASSUMED_TOKENS_PER_S, 1 / ASSUMED_TOKENS_PER_S, 5e-5 / ASSUMED_TOKENS_PER_S)
 _DECODE_PRIOR: Final = (1e-2, 1e-4, 1e-7)
 _EXPOSED_PRIOR: Final = (1e-3, 1e-9)
+_LEAST_READING: Final = 0.25
+"""Of a step in which a prompt was read, that the reading took at least."""
+_TRACK: Final = 0.1
+"""Of the newest heartbeat in the moving average of what reading adds to a step."""
 _SAME_FRAME_S: Final = 5e-4
 """Messages of one step come in one frame and are handled within this time."""
 
@@ -87,8 +95,13 @@ class LatencyModel:
         self.prefill: LinearFit = _fit(_PREFILL_PRIOR, None if like is None else like.prefill)
         self.decode: LinearFit = _fit(_DECODE_PRIOR, None if like is None else like.decode)
         self.exposed: LinearFit = _fit(_EXPOSED_PRIOR, None if like is None else like.exposed)
+        self.reading_adds_s = 0.0
+        """To an average step of late, for the prompts that were read in between."""
         self._steps = _Steps()
-        self._beats = 0
+        self._read_since_beat = False
+        self._decoding: tuple[int, int] = (0, 0)
+        self._num_steps = 0
+        self._busy_s = 0.0
 
     def fits(self) -> dict[str, LinearFit]:
         """By what they predict."""
@@ -115,6 +128,7 @@ class LatencyModel:
         if known is None or tokens_done <= known[0]:
             return
         self._close(now)
+        self._read_since_beat = True
         ends = tokens_done >= known[1]
         steps = self._steps
         steps.work += Work.of(known[0], tokens_done, ends=ends)
@@ -136,14 +150,31 @@ class LatencyModel:
 
     def _close(self, now: float) -> None:
         step = self._steps.close(now)
-        if step is not None and step[0] > _SAME_FRAME_S:
-            self.prefill.learn(step[1].features, step[0])
+        if step is None or step[0] <= _SAME_FRAME_S:
+            return
+        seconds = step[0]
+        if self._decoding[0] and self.decode.count:
+            seconds = max(seconds - self.step_s(*self._decoding), seconds * _LEAST_READING)
+        self.prefill.learn(step[1].features, seconds)
 
     def heard(self, beat: Heartbeat) -> None:
-        """Of a decode worker: its average step, with the batch that it has."""
-        if beat.steps > self._beats and beat.running > 0 and beat.step_s > 0:
-            self.decode.learn((1, beat.running, beat.waiting_tokens), beat.step_s)
-        self._beats = beat.steps
+        """Of a decode worker: its average step since the heartbeat before, with the batch that it has."""
+        num_steps, busy_s = beat.steps - self._num_steps, beat.busy_s - self._busy_s
+        read = self._read_since_beat or bool(self._steps.reading)
+        self._num_steps, self._busy_s, self._read_since_beat = beat.steps, beat.busy_s, False
+        self._decoding = (beat.running, beat.waiting_tokens)
+        if num_steps <= 0 or beat.running <= 0:
+            return
+        step_s = busy_s / num_steps if busy_s > 0 else beat.step_s
+        if step_s <= 0:
+            return
+        batch = (1, beat.running, beat.waiting_tokens)
+        if read and self.decode.count:
+            more_s = max(step_s - self.decode.predict(batch), 0.0)
+            self.reading_adds_s += _TRACK * (more_s - self.reading_adds_s)
+        else:
+            self.reading_adds_s *= 1 - _TRACK
+            self.decode.learn(batch, step_s)
 
     def transferred(self, done: TransferDone) -> None:
         # Nothing was left to wait for: that is an observation too, and relative errors need more than zero.

@@ -1,47 +1,47 @@
-"""Which workers get a request: decode first, then prefill. Explainable, and repeatable from a seed."""
+"""Which workers get a request: decode first, then who reads it. Explainable, and repeatable from a seed."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from coordinator.decisions import Candidate, Choice, Placement, Rejected
 from coordinator.fleet import Fleet, WorkerState
-from coordinator.policies import Candidate, Choice, LeastLoaded, Policy, make_policy
-from coordinator.sla import Forecast, Goal, decode_score, forecast, prefill_score
-from pdserve.core.config import RoutingPolicy
+from coordinator.policies import Policy, make_policy, policy_class
+from coordinator.pool import WHOLE, Fits, Pool
+from coordinator.routes import local_pays, local_route, remote_route
+from coordinator.sla import EVIDENCE, VIOLATION_WEIGHT, Forecast, Goal, decode_score, prefill_score
+from pdserve.core.config import LocalPrefill
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 
-SAMPLE: Final = 32
-"""Workers of a role that policy `sla` looks at for one request; where there are more, drawn at random. The
-best of d draws is within log log n / log d of the best of all (Azar et al., "Balanced Allocations", 1999)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    decode: Choice
-    prefill: Choice | None
-    """None: the decode worker reads the prompt itself."""
-    forecast: Forecast | None = None
-    """What was predicted for it, from then on."""
-
-    def __str__(self) -> str:
-        prefill = "by the decode worker" if self.prefill is None else str(self.prefill)
-        return f"decode {self.decode}; prefill {prefill}"
-
-
 NO_GOAL: Final = Goal()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Ask:
+    """One request to place."""
+
+    model: str
+    tokens: int
+    goal: Goal
+    prefer: Placement | None
+    avoid: Collection[WorkerId]
+    cached: Mapping[WorkerId, int]
+    """Tokens of the prompt that are likely in a worker's prefix cache."""
+    rejected: list[Rejected]
 
 
 class Router:
     """One policy per model and role, so that turns and draws of one do not disturb another's."""
 
-    def __init__(self, policy: RoutingPolicy, seed: int) -> None:
+    def __init__(self, policy: str, seed: int, local_prefill: LocalPrefill = LocalPrefill.AUTO) -> None:
+        """policy: a `RoutingPolicy`, or `module:Class` of one's own; raises `ConfigError` for others."""
+        policy_class(policy)
         self.policy: Final = policy
+        self.local_prefill: Final = local_prefill
         self._seed = seed
-        self._rng = random.Random(f"{seed}/sample")
         self._policies: dict[tuple[str, Role], Policy] = {}
 
     def place(
@@ -62,94 +62,164 @@ class Router:
         workers never, as the decode worker can read the prompt itself. `prefix_at`: a prefill worker that has
         read this prompt before, taken unless it is busier than another would be with reading it all.
         """
-        decoders = self._pool(fleet, model, Role.DECODE, lambda w: w.takes_decode())
-        if not decoders:
+        cached = {} if prefix_at is None else {prefix_at: tokens}
+        if prefer is not None:
+            # The first sample has left the prompt in the caches of its workers.
+            cached = {choice.worker: tokens for choice in (prefer.decode, prefer.prefill) if choice}
+        ask = _Ask(
+            model=model, tokens=tokens, goal=goal, prefer=prefer, avoid=avoid, cached=cached, rejected=[]
+        )
+        prefills = fleet.pool(model, Role.PREFILL)
+        reads = not prefills.any(lambda w: w.takes_prompts() and w.id not in avoid)
+        decode = self._choose_decode(fleet, ask, reads=reads or self.local_prefill is LocalPrefill.ALWAYS)
+        if decode is None:
             return None
-        readers = self._pool(
-            fleet, model, Role.PREFILL, lambda w: not w.draining and w.id not in avoid, prefer
-        )
-        decode = self._choose(
-            (model, Role.DECODE),
-            decoders,
-            lambda w: (
-                decode_score(w, tokens, goal, reads=not readers) if self._by_goal else w.decode_load(tokens)
-            ),
-            prefer.decode if prefer else None,
-            avoid,
-        )
-        if not readers:
-            return Placement(decode, None)
-        again = next((w for w in readers if w.id == prefix_at), None)
-        if again is not None and again.prefill_wait_s(0) <= min(w.prefill_wait_s(tokens) for w in readers):
-            scores = tuple(Candidate(w.id, w.prefill_wait_s(0 if w is again else tokens)) for w in readers)
-            return Placement(decode, Choice(again.id, scores, "has read its prompt"))
-        prefill = self._choose(
-            (model, Role.PREFILL),
-            readers,
-            lambda w: prefill_score(w, tokens, goal) if self._by_goal else w.prefill_wait_s(tokens),
-            prefer.prefill if prefer else None,
-            avoid,
-        )
-        return Placement(decode, prefill)
+        if reads or self.local_prefill is LocalPrefill.ALWAYS:
+            return self._local(fleet, ask, decode, "there is no other" if reads else "as configured")
+        prefill = self._choose_prefill(fleet, ask, prefix_at)
+        return self._cheaper(fleet, ask, decode, prefill)
 
     def place_move(self, fleet: Fleet, source: WorkerState, tokens: int) -> Choice | None:
         """A decode worker with room, and with blocks of the same size, for a request of `source`; or None."""
-        targets = [
-            worker
-            for worker in fleet.of(source.model, Role.DECODE)
-            if worker.takes_decode()
-            and worker.id != source.id
-            and worker.info.block_tokens == source.info.block_tokens
-        ]
-        if not targets:
+        targets = fleet.pool(source.model, Role.DECODE).least(
+            1,
+            lambda worker: (
+                worker.takes_decode()
+                and worker.id != source.id
+                and worker.info.block_tokens == source.info.block_tokens
+            ),
+        )
+        candidates = tuple(_by_load(worker, worker.decode_load(tokens)) for worker in targets)
+        if not candidates:
             return None
-        return LeastLoaded().choose([Candidate(w.id, w.decode_load(tokens)) for w in targets])
+        return Choice(min(candidates, key=lambda c: (c.score, c.worker)).worker, candidates, "least loaded")
 
-    def forecast(self, fleet: Fleet, placement: Placement, tokens: int, goal: Goal) -> Forecast | None:
-        """What a placement is predicted to come to; before the request is counted as load there."""
-        decode = fleet.get(placement.decode.worker)
-        reader = None if placement.prefill is None else fleet.get(placement.prefill.worker)
-        return None if decode is None else forecast(decode, reader, tokens, goal)
+    def forecast(self, placement: Placement) -> Forecast | None:
+        """What a placement is predicted to come to, from when it was made on."""
+        route = placement.route
+        if route is None:
+            return None
+        return Forecast(route.ttft_s, route.tpot_s, route.ttft_std_s, route.tpot_std_s)
 
     def readers(self, fleet: Fleet, model: str) -> list[WorkerState]:
-        """Who may read a prompt: prefill workers, or decode workers where there are none."""
-        for role in (Role.PREFILL, Role.DECODE):
-            found = self._pool(fleet, model, role, lambda w: not w.draining)
-            if found:
-                return found
-        return []
+        """Who may read a prompt: prefill workers, and decode workers that do, or where there are no others.
 
-    @property
-    def _by_goal(self) -> bool:
-        return self.policy is RoutingPolicy.SLA
+        Up to `WHOLE` of each, the least busy. Decode workers that answer with targets are left out, as what
+        they promised comes first; so are those of which too little is known, where there are others.
+        """
+        prefills, decodes = fleet.pool(model, Role.PREFILL), fleet.pool(model, Role.DECODE)
+        found: list[WorkerState] = []
+        if self.local_prefill is not LocalPrefill.ALWAYS:
+            found = prefills.least(WHOLE, lambda w: w.takes_prompts())
+        if not found:
+            return decodes.least(WHOLE, lambda w: w.takes_prompts())
+        if self.local_prefill is LocalPrefill.AUTO:
+            found += decodes.least(
+                WHOLE,
+                lambda w: w.takes_decode() and w.latency.prefill.count >= EVIDENCE and w.tpot_targets[1] == 0,
+            )
+        return found
 
-    def _pool(
-        self,
-        fleet: Fleet,
-        model: str,
-        role: Role,
-        fits: Callable[[WorkerState], bool],
-        prefer: Placement | None = None,
-    ) -> list[WorkerState]:
-        """Who is looked at: everyone who fits, or a sample of them where the policy is content with one."""
-        if self._by_goal and prefer is None:
-            drawn = [w for w in fleet.some(model, role, SAMPLE, self._rng) if fits(w)]
-            if drawn:
-                return drawn
-        return [w for w in fleet.of(model, role) if fits(w)]
+    # --- one worker of a role -----------------------------------------------------------------------
 
-    def _choose(
-        self,
-        key: tuple[str, Role],
-        workers: Sequence[WorkerState],
-        score: Callable[[WorkerState], float],
-        prefer: Choice | None,
-        avoid: Collection[WorkerId],
-    ) -> Choice:
-        candidates = [Candidate(w.id, score(w)) for w in workers]
-        if prefer is not None and any(c.worker == prefer.worker for c in candidates):
-            return Choice(prefer.worker, tuple(candidates), "follows the first sample")
-        if key not in self._policies:
-            self._policies[key] = make_policy(self.policy, f"{self._seed}/{key[0]}/{key[1]}")
-        untried = [c for c in candidates if c.worker not in avoid]
-        return self._policies[key].choose(untried or candidates)
+    def _choose_decode(self, fleet: Fleet, ask: _Ask, *, reads: bool) -> Choice | None:
+        pool = fleet.pool(ask.model, Role.DECODE)
+        policy = self._policy(ask.model, Role.DECODE)
+
+        def scored(worker: WorkerState) -> Candidate:
+            cached = ask.cached.get(worker.id, 0)
+            load, violation = worker.decode_load(ask.tokens), 0.0
+            if policy.by_goal:
+                violation, load = decode_score(worker, ask.tokens, ask.goal, reads=reads, cached=cached)
+            return Candidate(worker.id, VIOLATION_WEIGHT * violation + load, violation, load, cached)
+
+        followed = self._followed(
+            fleet, ask.prefer.decode if ask.prefer else None, lambda w: w.takes_decode()
+        )
+        if followed is not None:
+            return Choice(followed.id, (scored(followed),), "follows the first sample")
+        looked_at = self._draw(policy, pool, ask, lambda w: w.takes_decode() and w.id not in ask.avoid)
+        looked_at = looked_at or self._draw(policy, pool, ask, lambda w: w.takes_decode())
+        self._tell_rejected(pool, ask, looked_at)
+        return policy.choose([scored(worker) for worker in looked_at]) if looked_at else None
+
+    def _choose_prefill(self, fleet: Fleet, ask: _Ask, prefix_at: WorkerId | None) -> Choice:
+        pool = fleet.pool(ask.model, Role.PREFILL)
+        policy = self._policy(ask.model, Role.PREFILL)
+
+        def fits(worker: WorkerState) -> bool:
+            return worker.takes_prompts() and worker.id not in ask.avoid
+
+        def scored(worker: WorkerState) -> Candidate:
+            cached = ask.cached.get(worker.id, 0)
+            left = max(ask.tokens - cached, 0) if policy.by_prefix or worker.id == prefix_at else ask.tokens
+            load, violation = worker.prefill_wait_s(left), 0.0
+            if policy.by_goal:
+                violation, load = prefill_score(worker, ask.tokens, ask.goal, cached)
+            return Candidate(worker.id, VIOLATION_WEIGHT * violation + load, violation, load, cached)
+
+        followed = self._followed(fleet, ask.prefer.prefill if ask.prefer else None, fits)
+        if followed is not None:
+            return Choice(followed.id, (scored(followed),), "follows the first sample")
+        looked_at = self._draw(policy, pool, ask, fits)
+        again = fleet.get(prefix_at)
+        if again is not None and fits(again):
+            others = [worker for worker in looked_at if worker is not again]
+            soonest_s = min((worker.prefill_wait_s(ask.tokens) for worker in others), default=float("inf"))
+            if again.prefill_wait_s(0) <= soonest_s:
+                candidates = tuple(scored(worker) for worker in (again, *others))
+                return Choice(again.id, candidates, "has read its prompt")
+        self._tell_rejected(pool, ask, looked_at)
+        return policy.choose([scored(worker) for worker in looked_at])
+
+    def _followed(self, fleet: Fleet, choice: Choice | None, fits: Fits) -> WorkerState | None:
+        worker = None if choice is None else fleet.get(choice.worker)
+        return worker if worker is not None and fits(worker) else None
+
+    def _draw(self, policy: Policy, pool: Pool, ask: _Ask, fits: Fits) -> list[WorkerState]:
+        return policy.draw(pool, fits)
+
+    def _tell_rejected(self, pool: Pool, ask: _Ask, looked_at: list[WorkerState]) -> None:
+        """Why not the others, where there are few enough for everyone to have been looked at."""
+        if len(looked_at) == len(pool.workers) or len(pool.workers) > WHOLE:
+            return
+        taken = {worker.id for worker in looked_at}
+        for worker in pool.workers:
+            if worker.id not in taken:
+                why = worker.why_not() or ("it failed this request before" if worker.id in ask.avoid else "")
+                ask.rejected.append(Rejected(worker.id, why or "the policy did not look at it"))
+
+    def _policy(self, model: str, role: Role) -> Policy:
+        policy = self._policies.get((model, role))
+        if policy is None:
+            policy = self._policies[(model, role)] = make_policy(self.policy, f"{self._seed}/{model}/{role}")
+        return policy
+
+    # --- who reads the prompt -----------------------------------------------------------------------
+
+    def _local(self, fleet: Fleet, ask: _Ask, decode: Choice, why: str) -> Placement:
+        worker = fleet.get(decode.worker)
+        assert worker is not None
+        cached = ask.cached.get(worker.id, 0)
+        route = local_route(worker, ask.tokens, ask.goal, cached=cached, like=None)
+        return Placement(decode, None, (route,), tuple(ask.rejected), why)
+
+    def _cheaper(self, fleet: Fleet, ask: _Ask, decode: Choice, prefill: Choice) -> Placement:
+        """The route that costs less: the prefill worker reads the prompt, or the decode worker itself."""
+        writer, reader = fleet.get(decode.worker), fleet.get(prefill.worker)
+        assert writer is not None
+        assert reader is not None
+        here = ask.cached.get(writer.id, 0)
+        cached = ask.cached.get(reader.id, 0)
+        remote = remote_route(reader, writer, ask.tokens, ask.goal, cached=cached, cached_at_decode=here)
+        rejected = tuple(ask.rejected)
+        if self.local_prefill is LocalPrefill.NEVER:
+            return Placement(decode, prefill, (remote,), rejected, "as configured")
+        local = local_route(writer, ask.tokens, ask.goal, cached=here, like=reader)
+        if local_pays(local, remote):
+            return Placement(decode, None, (local, remote), rejected, "cheaper to read there")
+        return Placement(decode, prefill, (remote, local), rejected, "cheaper to move its KV")
+
+
+def _by_load(worker: WorkerState, load: float) -> Candidate:
+    return Candidate(worker.id, load, 0.0, load)

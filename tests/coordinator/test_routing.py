@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from coordinator.decisions import Candidate
 from coordinator.fleet import Fleet, WorkerState
-from coordinator.policies import Candidate, make_policy
+from coordinator.policies import make_policy
 from coordinator.router import Router
-from pdserve.core.config import RoutingPolicy
+from pdserve.core.config import LocalPrefill, RoutingPolicy
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.messages import Role
 from tests.support.model_workers import ModelDecode, worker_info
@@ -80,7 +81,7 @@ def test_a_choice_explains_itself() -> None:
 
 def test_prefill_goes_where_the_prompt_is_read_soonest() -> None:
     fleet = fleet_of(2, 1)
-    router = Router(RoutingPolicy.LEAST_LOADED, seed=0)
+    router = Router(RoutingPolicy.LEAST_LOADED, seed=0, local_prefill=LocalPrefill.NEVER)
     worker(fleet, "prefill-0").place_prefill(attempt(0), 500)
     worker(fleet, "prefill-1").place_prefill(attempt(1), 900)
     worker(fleet, "prefill-1").tokens_per_s = 4000.0

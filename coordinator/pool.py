@@ -1,0 +1,119 @@
+"""Workers of one model and role, and the ways in which policies draw some of them without looking at all.
+
+Small pools are looked at whole, so that every decision can be explained with everyone in it. In large ones a
+draw costs the same whatever their size: a random sample, the next in turn by name, or the least loaded from a
+heap that is mended where a worker's load has changed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from pdserve.core.ids import WorkerId
+
+if TYPE_CHECKING:
+    from coordinator.fleet import WorkerState
+
+WHOLE: Final = 32
+"""Pools of up to this many workers are looked at whole, and samples of larger ones have this many. The best
+of d draws is within log log n / log d of the best of all (Azar et al., "Balanced Allocations", 1999)."""
+
+Fits = Callable[["WorkerState"], bool]
+
+
+class Pool:
+    def __init__(self, load: Callable[[WorkerState], float]) -> None:
+        """load: what the least loaded has the least of, before a request is added."""
+        self.workers: list[WorkerState] = []
+        """In order of names, also those that are down."""
+        self._load = load
+        self._heap: list[tuple[float, WorkerId, int]] = []
+        self._entry: dict[WorkerId, int] = {}
+        """Number of each worker's newest entry in the heap; entries with another number are out of date."""
+        self._changed: dict[WorkerId, WorkerState] = {}
+        self._count = 0
+
+    def add(self, state: WorkerState) -> None:
+        bisect.insort(self.workers, state, key=_name)
+        state.on_change = self._changed.__setitem__
+        self._changed[state.id] = state
+
+    def forget(self, state: WorkerState) -> None:
+        self.workers[:] = [other for other in self.workers if other is not state]
+        state.on_change = None
+        self._changed.pop(state.id, None)
+        self._entry.pop(state.id, None)
+
+    def up(self) -> list[WorkerState]:
+        return [state for state in self.workers if state.up]
+
+    def all(self, fits: Fits) -> list[WorkerState]:
+        return [state for state in self.workers if fits(state)]
+
+    def any(self, fits: Fits) -> bool:
+        return any(map(fits, self.workers))
+
+    def sample(self, count: int, rng: random.Random, fits: Fits) -> list[WorkerState]:
+        """Everyone who fits in a small pool, else up to `count` of them, by name. Someone, if anyone fits."""
+        if len(self.workers) <= WHOLE:
+            return self.all(fits)
+        for _ in range(2):
+            drawn = [state for state in rng.sample(self.workers, count) if fits(state)]
+            if drawn:
+                return sorted(drawn, key=_name)
+        fitting = self.all(fits)
+        return fitting if len(fitting) <= count else sorted(rng.sample(fitting, count), key=_name)
+
+    def after(self, name: WorkerId, fits: Fits) -> list[WorkerState]:
+        """Everyone who fits in a small pool, else the next one after `name`, beginning again at the end."""
+        if len(self.workers) <= WHOLE:
+            return self.all(fits)
+        begin = bisect.bisect_right(self.workers, name, key=_name)
+        for index in range(len(self.workers)):
+            state = self.workers[(begin + index) % len(self.workers)]
+            if fits(state):
+                return [state]
+        return []
+
+    def least(self, count: int, fits: Fits) -> list[WorkerState]:
+        """Everyone who fits in a small pool, else the `count` least loaded of them."""
+        if len(self.workers) <= WHOLE:
+            return self.all(fits)
+        self._mend()
+        found: list[WorkerState] = []
+        taken: list[tuple[float, WorkerId, int]] = []
+        by_name = self._by_name
+        while self._heap and len(found) < count:
+            entry = heapq.heappop(self._heap)
+            if self._entry.get(entry[1]) != entry[2]:
+                continue
+            taken.append(entry)
+            state = by_name(entry[1])
+            if fits(state):
+                found.append(state)
+            elif len(taken) > 4 * count:
+                break
+        for entry in taken:
+            heapq.heappush(self._heap, entry)
+        return found or heapq.nsmallest(count, self.all(fits), key=self._load)
+
+    def _by_name(self, name: WorkerId) -> WorkerState:
+        return self.workers[bisect.bisect_left(self.workers, name, key=_name)]
+
+    def _mend(self) -> None:
+        for state in self._changed.values():
+            self._count += 1
+            self._entry[state.id] = self._count
+            heapq.heappush(self._heap, (self._load(state), state.id, self._count))
+        self._changed.clear()
+        if len(self._heap) > 4 * len(self.workers):
+            self._heap = [entry for entry in self._heap if self._entry.get(entry[1]) == entry[2]]
+            heapq.heapify(self._heap)
+
+
+def _name(state: WorkerState) -> WorkerId:
+    return state.info.worker

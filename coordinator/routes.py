@@ -1,0 +1,135 @@
+"""Who reads a prompt: a prefill worker, whose KV then moves, or the decode worker itself. One cost for both.
+
+    cost = 1000 x violation + TTFT + KV still under way then + what all others lose by it      (seconds)
+
+    read at P    others: as many prompts will come behind this one as wait at P now, and each waits for it
+    read at D    others: each answer that D writes meanwhile pauses for it; those that arrive meanwhile, half
+                 of it on average; prompts that D reads itself wait behind it as at P
+    violation    of its own targets; at D also of the answers there that have a TPOT target: over their next
+                 tokens, what D reads counts as time between them
+
+So D helps while prompts queue at P and D has little to write, and the more D has to write, the longer the
+queue must be before it does. An idle P reads what it is given: a margin keeps D free for what comes next.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from coordinator.decisions import Route
+from coordinator.fleet import WorkerState
+from coordinator.latency import Work
+from coordinator.linear_fit import LinearFit
+from coordinator.sla import VIOLATION_WEIGHT, Goal, late, read_s, step_s, steps_between_s, work_until
+
+WINDOW_TOKENS: Final = 32
+"""Of a running answer, over which a pause may be made up for."""
+_KNOWN: Final = 5
+"""Prompts that a decode worker must have read before its own speed counts; until then, a prefill worker's."""
+MARGIN: Final = 0.5
+"""Of the time that the prompt takes to read: reading it at D must be cheaper by this much."""
+
+
+MIN_GAIN_S: Final = 0.02
+"""And by this much: less is not worth a pause in the answers to come."""
+
+
+def remote_route(
+    prefill: WorkerState, decode: WorkerState, tokens: int, goal: Goal, *, cached: int, cached_at_decode: int
+) -> Route:
+    """cached: of the prompt at the prefill worker. What the decode worker has is not moved."""
+    fit = prefill.latency.prefill
+    work = work_until(prefill, tokens, goal, cached)
+    ttft_s = fit.predict(work.features) + steps_between_s(prefill, work.tokens)
+    size_bytes = max(tokens - cached_at_decode, 0) * decode.kv_token_bytes
+    exposed_s = prefill.latency.exposed_s(size_bytes)
+    alone_s = fit.predict(Work.of(min(cached, tokens - 1), tokens, ends=True).features)
+    return _route(
+        prefill,
+        decode,
+        tokens,
+        goal,
+        ttft_s=ttft_s,
+        ttft_std_s=fit.std(work.features),
+        exposed_s=exposed_s,
+        alone_s=alone_s,
+        others_s=alone_s * len(prefill.prefill_left),
+        spoilt=0.0,
+        reads=False,
+    )
+
+
+def local_route(
+    decode: WorkerState, tokens: int, goal: Goal, *, cached: int, like: WorkerState | None
+) -> Route:
+    """like: the prefill worker that could read it instead, whose speed is taken while the decode worker's own
+    is not known. None: there is none."""
+    fit = reading_fit(decode, like)
+    work = work_until(decode, tokens, goal, cached)
+    alone_s = fit.predict(Work.of(min(cached, tokens - 1), tokens, ends=True).features)
+    others = decode.num_decoding + decode.num_arriving / 2 + len(decode.prefill_left)
+    return _route(
+        None,
+        decode,
+        tokens,
+        goal,
+        ttft_s=read_s(decode, fit, tokens, goal, cached),
+        ttft_std_s=fit.std(work.features),
+        exposed_s=0.0,
+        alone_s=alone_s,
+        others_s=alone_s * others,
+        spoilt=_spoilt(decode, alone_s + fit.predict(decode.work_left.features)),
+        reads=like is None,
+    )
+
+
+def reading_fit(worker: WorkerState, like: WorkerState | None) -> LinearFit:
+    known = like is None or worker.latency.prefill.count >= _KNOWN
+    return worker.latency.prefill if known or like is None else like.latency.prefill
+
+
+def local_pays(local: Route, remote: Route) -> bool:
+    """Reading at the decode worker is cheaper, by enough."""
+    return local.cost + max(MARGIN * local.alone_s, MIN_GAIN_S) < remote.cost
+
+
+def _spoilt(decode: WorkerState, reading_s: float) -> float:
+    """By how much answers there miss their TPOT targets if it reads for so long: the tightest, times all."""
+    tightest_s, count = decode.tpot_targets
+    if not count:
+        return 0.0
+    step = decode.latency.step_s(*decode.batch)
+    # Late as they may be anyway, this is not what spoils them.
+    return count * max(late(step + reading_s / WINDOW_TOKENS, tightest_s) - late(step, tightest_s), 0.0)
+
+
+def _route(
+    prefill: WorkerState | None,
+    decode: WorkerState,
+    tokens: int,
+    goal: Goal,
+    *,
+    ttft_s: float,
+    ttft_std_s: float,
+    exposed_s: float,
+    alone_s: float,
+    others_s: float,
+    spoilt: float,
+    reads: bool,
+) -> Route:
+    batch = decode.batch_with(tokens)
+    tpot_s = step_s(decode, tokens, reads=reads) + exposed_s / max(min(goal.answer_tokens, WINDOW_TOKENS), 1)
+    violation = late(ttft_s, goal.ttft_s) + late(tpot_s, goal.tpot_s) + spoilt
+    return Route(
+        prefill=None if prefill is None else prefill.id,
+        decode=decode.id,
+        ttft_s=ttft_s,
+        ttft_std_s=ttft_std_s,
+        tpot_s=tpot_s,
+        tpot_std_s=decode.latency.decode.std((1, *batch)),
+        exposed_s=exposed_s,
+        alone_s=alone_s,
+        others_s=others_s,
+        violation=violation,
+        cost=VIOLATION_WEIGHT * violation + ttft_s + exposed_s + others_s,
+    )
