@@ -74,6 +74,7 @@ from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
+from pdserve.worker.prefix_moves import PrefixMoves
 from pdserve.worker.tiering import Tiering
 from pdserve.worker.urgency import decode_urgency
 
@@ -117,6 +118,9 @@ class DecodeScheduler:
         self._order = itertools.count()
         self._plan: DecodePlan | None = None
         self._duty = Duty(Role.DECODE)
+        self._prefixes = PrefixMoves(
+            worker, self._pool, self._cache, self._peers, layout, lambda: self._duty.draining
+        )
         self._meter = StepMeter()
 
     @property
@@ -130,6 +134,10 @@ class DecodeScheduler:
     # --- events -------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Action]:
+        actions, done = self._prefixes.handle(event, now)
+        return actions if done else [*actions, *self._handle(event, now)]
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case FromCoordinator(owner, message):
                 return self._message(owner, message, now)
@@ -494,10 +502,11 @@ class DecodeScheduler:
         for run, error in self._reception.expired(now):
             actions += self._fail_run(run, error, now)
         self._pool.check()
-        return actions + self._move_tiers()
+        return [*actions, *self._prefixes.sweep(now), *self._move_tiers()]
 
     def next_wake(self) -> float | None:
-        return self._reception.next_wake()
+        wakes = [self._reception.next_wake(), self._prefixes.next_wake()]
+        return min((wake for wake in wakes if wake is not None), default=None)
 
     @property
     def idle(self) -> bool:

@@ -67,6 +67,7 @@ from pdserve.worker.failures import AttemptInUse, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.peers import PeerTable
+from pdserve.worker.prefix_moves import PrefixMoves
 from pdserve.worker.pushes import PushBook
 from pdserve.worker.tiering import Tiering
 from pdserve.worker.urgency import prefill_urgency
@@ -108,11 +109,18 @@ class PrefillScheduler:
         self._order = itertools.count()
         self._plan: PrefillPlan | None = None
         self._duty = Duty(Role.PREFILL)
+        self._prefixes = PrefixMoves(
+            worker, self._pool, self._cache, self._peers, layout, lambda: self._duty.draining
+        )
         self._meter = StepMeter()
 
     # --- events -------------------------------------------------------------------------------------
 
     def handle(self, event: Event, now: float) -> list[Action]:
+        actions, done = self._prefixes.handle(event, now)
+        return actions if done else [*actions, *self._handle(event, now)]
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case FromCoordinator(owner, message):
                 return self._message(owner, message, now)
@@ -135,7 +143,7 @@ class PrefillScheduler:
             case TransferStopped():
                 raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
             case NoteArrived():
-                return []  # nobody pushes to a prefill worker
+                return []  # but prefixes, nobody pushes to a prefill worker
             case _:
                 assert_never(event)
 
@@ -293,7 +301,7 @@ class PrefillScheduler:
     def schedule(self, now: float) -> tuple[PrefillPlan | None, list[Action]]:
         """The next step, and what is to be done before it. None: nothing can be computed now."""
         chunks, begun = self._queue.schedule(self._meter.tokens_per_s)
-        actions: list[Action] = [MoveTier(command) for command in self._tiering.commands()]
+        actions = self._move_tiers()
         for run in begun:
             queue_s = now - run.received
             started = PrefillStarted(attempt=run.attempt, cached_tokens=run.computed, queue_s=queue_s)
@@ -352,11 +360,14 @@ class PrefillScheduler:
 
     def sweep(self, now: float) -> list[Action]:
         self._pool.check()
+        return [*self._prefixes.sweep(now), *self._move_tiers()]
+
+    def _move_tiers(self) -> list[Action]:
         return [MoveTier(command) for command in self._tiering.commands()]
 
     def next_wake(self) -> float | None:
-        """Deadlines of pushes are the transfer service's; requests' are the coordinator's."""
-        return None
+        """Of prefixes: deadlines of pushes are the transfer service's, requests' are the coordinator's."""
+        return self._prefixes.next_wake()
 
     @property
     def idle(self) -> bool:
