@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from coordinator.decisions import Decision, DecisionLog, Placement
+from coordinator.events import NewRequest
 from coordinator.fleet import Fleet
 from coordinator.flight import Attempt, Flight
 from coordinator.pushes import PushLedger
 from coordinator.router import Router
 from coordinator.sla import Goal
+from coordinator.tenants import Tenants
 from coordinator.waiting import WaitingQueue
-from pdserve.core.config import Admission
+from pdserve.core.config import Admission, TenantSettings
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.messages import Orphaned
+
+_USUAL_ANSWER: Final = 256.0
+"""Tokens that an answer is expected to have before any has ended."""
+_HOLD_S: Final = 0.1
+"""After which a request that waits for others' targets is looked at again, though nothing has ended."""
+
+
+class Held(NamedTuple):
+    """Who waits for running answers to end, and when to look again: then, or after the next release."""
+
+    request: RequestId
+    until: float
+    releases: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +40,11 @@ class RegistrySettings:
     lease_s: float
     transfer_deadline_s: float
     admission: Admission = Admission.OFF
+    tenants: Mapping[str, TenantSettings] = field(default_factory=dict)
+    queue_ttl_s: float | None = None
+    """A request that has waited this long without having begun is refused. None: at its deadline."""
+    preemption: bool = True
+    max_preemptions: int = 3
     no_workers_wait_s: float = 30.0
     """How long a request waits for a decode worker to appear (again) while there is none."""
     drain_timeout_s: float = 120.0
@@ -49,17 +71,68 @@ class Book:
     """By who may still write: decode workers with blocks in quarantine, until the writer can be asked."""
     decisions: DecisionLog = field(default_factory=DecisionLog)
     """Why requests went where they went."""
+    expiries: list[tuple[float, int, RequestId]] = field(default_factory=list)
+    """A heap: when requests that have not begun by then are refused."""
+    held: dict[str, Held] = field(default_factory=dict)
+    """By model: the first in turn, where it waits for running answers to end, not for a place."""
+    releases: int = 0
+    """How often a place may have become free."""
+    tenants: Tenants = field(init=False)
+    _answers: dict[str, float] = field(default_factory=dict)
+    """By model: mean length of the answers of late."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
     _gap_s: float = 1.0
     last_end: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tenants = Tenants(self.settings.tenants)
 
     @property
     def num_waiting(self) -> int:
         return sum(map(len, self.waiting.values())) + sum(map(len, self.followers.values()))
 
     def enqueue(self, flight: Flight) -> None:
-        queue = self.waiting.setdefault(flight.request.model, WaitingQueue())
-        queue.push(flight.id, priority=flight.request.priority, order=flight.order)
+        request = flight.request
+        queue = self.queue_of(request.model)
+        if flight.tag is None:
+            weight = self.tenants.weight(request.tenant)
+            flight.tag = queue.tag(request.priority, request.tenant, self.cost(request), weight=weight)
+        queue.push(
+            flight.id, priority=request.priority, order=flight.order, tag=flight.tag, tenant=request.tenant
+        )
+
+    def hold(self, flight: Flight, now: float) -> None:
+        """Its place would cost others their targets: look again soon, or when something has ended."""
+        self.held[flight.request.model] = Held(flight.id, now + _HOLD_S, self.releases)
+
+    def is_held(self, flight: Flight, now: float) -> bool:
+        held = self.held.get(flight.request.model)
+        return (
+            held is not None
+            and held.request == flight.id
+            and now < held.until
+            and (held.releases == self.releases)
+        )
+
+    def queue_of(self, model: str) -> WaitingQueue:
+        return self.waiting.setdefault(model, WaitingQueue())
+
+    def cost(self, request: NewRequest) -> float:
+        """Tokens of the prompt and of the answer that is to be expected."""
+        usual = self._answers.get(request.model, _USUAL_ANSWER)
+        return len(request.tokens) + min(usual, request.sampling.max_tokens)
+
+    def settle(self, flight: Flight, now: float) -> None:
+        """A request that was charged to its tenant has ended: what it used counts from now on."""
+        if flight.charged is None:
+            return
+        request, used = flight.request, len(flight.request.tokens) + len(flight.output)
+        self.tenants.ended(request.tenant, charged=flight.charged, used=used, now=now)
+        weight, more = self.tenants.weight(request.tenant), used - flight.charged
+        self.queue_of(request.model).settle(request.priority, request.tenant, more, weight=weight)
+        if flight.output:
+            usual = self._answers.get(request.model, float(len(flight.output)))
+            self._answers[request.model] = usual + 0.05 * (len(flight.output) - usual)
 
     def decided(self, flight: Flight, placement: Placement, goal: Goal, now: float) -> None:
         """Keep why, for who asks later."""
@@ -79,6 +152,7 @@ class Book:
 
     def release(self, attempt: Attempt) -> None:
         """Stop counting an attempt as load of its workers."""
+        self.releases += 1
         for worker in {attempt.decode, attempt.prefill}:
             state = self.fleet.get(worker)
             if state is not None:

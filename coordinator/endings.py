@@ -69,9 +69,11 @@ def attempt_failed(
     return actions
 
 
-def start_over(book: Book, flight: Flight, why: str, now: float) -> list[Action]:
+def start_over(
+    book: Book, flight: Flight, why: str, now: float, *, reporter: WorkerId | None = None
+) -> list[Action]:
     """Nothing failed: the request shall go on elsewhere, where its tokens so far are read again."""
-    actions = withdraw(book, flight, why, now)
+    actions = withdraw(book, flight, why, now, reporter=reporter)
     _requeue(book, flight, now)
     return actions
 
@@ -191,6 +193,7 @@ def end(
         book.followers[flight.leader].remove(flight.id)
     if phase is not Phase.REJECTED:  # which had no place to leave
         book.count_end(now)
+    book.settle(flight, now)
     return [End(request=flight.id, outcome=outcome, report=report)]
 
 

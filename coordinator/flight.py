@@ -65,6 +65,14 @@ class Flight:
     legs: list[Leg] = field(default_factory=list)
     """Of the attempts that have ended."""
     preemptions: int = 0
+    tag: float | None = None
+    """Its turn among the tenants of its priority; the same when it comes back to the queue."""
+    charged: float | None = None
+    """Tokens that were counted as its tenant's use. None: it was never admitted."""
+    room_check_at: float = -math.inf
+    """When it is worth asking again whether others shall give way to it."""
+    asked_to_go_at: float = -math.inf
+    """When its worker was asked last to interrupt it."""
     prefix_at: WorkerId | None = None
     """A prefill worker that read its prompt in an earlier attempt, and likely has it in its cache."""
     prompt_logprobs_sent: bool = False

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from coordinator import admission, endings
+from collections.abc import Collection
+from typing import Final
+
+from coordinator import admission, endings, preempting
 from coordinator.book import Book
-from coordinator.events import Action, NewRequest, Send
+from coordinator.decisions import Placement
+from coordinator.events import Action, Send
 from coordinator.failures import refusal_of
 from coordinator.fleet import WorkerState
 from coordinator.flight import Attempt, Flight
-from pdserve.core.errors import BlockPoolExhausted, DeadlineExceeded, InvalidRequest, Overloaded, PdServeError
+from coordinator.sla import Goal
+from coordinator.waiting import WaitingQueue
+from pdserve.core.errors import InvalidRequest
+from pdserve.core.ids import WorkerId
 from pdserve.core.layout import blocks_for
 from pdserve.core.lifecycle import Phase
-from pdserve.core.messages import RefusalReason, Refused, Reserved, Role, StartDecode, StartPrefill
+from pdserve.core.messages import RefusalReason, Refused, Reserved, StartDecode, StartPrefill
 
-
-def admission_error(book: Book, request: NewRequest, now: float) -> PdServeError | None:
-    """Why a request is not even queued."""
-    limit = book.settings.max_queued_requests
-    if book.num_waiting >= limit:
-        wait = min(max(book.num_waiting / book.ended_per_s, 0.1), 30.0)
-        return Overloaded(f"{limit} requests are waiting already, the most allowed", retry_after_s=wait)
-    if request.deadline <= now:
-        return DeadlineExceeded(f"request {request.id}: its deadline had passed when it arrived")
-    largest = _largest_decoder(book, request.model)
-    if largest is not None:
-        wanted = blocks_for(len(request.tokens) + 1, largest.info.block_tokens)
-        if wanted > largest.info.num_blocks:
-            return BlockPoolExhausted(wanted=wanted, free=largest.info.num_blocks)
-    return admission.hopeless(book, request, now)
-
-
-def _largest_decoder(book: Book, model: str) -> WorkerState | None:
-    decoders = book.fleet.of(model, Role.DECODE)
-    return max(decoders, key=lambda w: w.info.num_blocks * w.info.block_tokens, default=None)
+_TRIES: Final = 4
+"""To find a decode worker whose answers can bear one more beside them."""
 
 
 def _will_never_fit(book: Book, flight: Flight, decode: WorkerState) -> bool:
@@ -40,7 +29,7 @@ def _will_never_fit(book: Book, flight: Flight, decode: WorkerState) -> bool:
 
     Twice, since what is known of a worker's blocks is as old as its last heartbeat.
     """
-    largest = _largest_decoder(book, flight.request.model)
+    largest = admission.largest_decoder(book, flight.request.model)
     if largest is None or decode.info.num_blocks < largest.info.num_blocks:
         return False
     flight.idle_refusals += decode.idle
@@ -49,31 +38,64 @@ def _will_never_fit(book: Book, flight: Flight, decode: WorkerState) -> bool:
 
 
 def place_waiting(book: Book, now: float) -> list[Action]:
-    """Offer waiting requests to decode workers, most urgent first, until none has room."""
+    """Offer waiting requests to decode workers, in turn, until none has room."""
     actions: list[Action] = []
-    for model, queue in book.waiting.items():
-        while (request := queue.peek()) is not None:
-            flight = book.flights[request]
-            goal = flight.goal(now)
-            placement = book.router.place(
-                book.fleet,
-                model,
-                flight.num_tokens,
-                goal=goal,
-                prefer=flight.prefer,
-                prefix_at=flight.prefix_at,
-                avoid=flight.failed_on,
-            )
-            if placement is None:
-                break
-            flight.predict(book.router.forecast(placement), now)
-            book.decided(flight, placement, goal, now)
-            queue.discard(request)
-            flight.attempt = Attempt(
-                id=flight.record.attempt_id, placement=placement, base=len(flight.output)
-            )
-            actions.append(_offer(book, flight, flight.attempt, now))
+    for queue in list(book.waiting.values()):
+        actions += _place(book, queue, now)
     return actions
+
+
+def _place(book: Book, queue: WaitingQueue, now: float) -> list[Action]:
+    actions: list[Action] = []
+    while (request := queue.peek()) is not None:
+        flight = book.flights[request]
+        if book.is_held(flight, now):
+            break
+        goal = flight.goal(now)
+        placement = _undisturbing(book, flight, goal)
+        if placement is None:
+            actions += preempting.make_room(book, queue, now)
+            break
+        if admission.disturbs(book, flight, book.fleet.get(placement.decode.worker)):
+            book.hold(flight, now)
+            break
+        broken = admission.broken_promise(book, flight, placement, now)
+        if broken is not None:
+            actions += endings.end(book, flight, Phase.REJECTED, broken, now)
+            continue
+        flight.predict(book.router.forecast(placement), now)
+        book.decided(flight, placement, goal, now)
+        queue.take(request)
+        flight.attempt = Attempt(id=flight.record.attempt_id, placement=placement, base=len(flight.output))
+        actions.append(_offer(book, flight, flight.attempt, now))
+    return actions
+
+
+def _undisturbing(book: Book, flight: Flight, goal: Goal) -> Placement | None:
+    """Where nobody's TPOT target is missed for it, if the router finds such a place in a few tries."""
+    avoid = flight.failed_on
+    placement = _route(book, flight, goal, avoid)
+    for _ in range(_TRIES - 1):
+        if placement is None:
+            return None
+        worker = book.fleet.get(placement.decode.worker)
+        if placement.decode.worker in avoid or not admission.disturbs(book, flight, worker):
+            return placement
+        avoid = avoid | {placement.decode.worker}
+        placement = _route(book, flight, goal, avoid)
+    return placement
+
+
+def _route(book: Book, flight: Flight, goal: Goal, avoid: Collection[WorkerId]) -> Placement | None:
+    return book.router.place(
+        book.fleet,
+        flight.request.model,
+        flight.num_tokens,
+        goal=goal,
+        prefer=flight.prefer,
+        prefix_at=flight.prefix_at,
+        avoid=avoid,
+    )
 
 
 def _offer(book: Book, flight: Flight, attempt: Attempt, now: float) -> Action:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 from typing import Final, assert_never
 
-from coordinator import endings, moving, orphans, placing, progress
+from coordinator import admission, endings, moving, orphans, placing, preempting, progress
 from coordinator.book import Book, RegistrySettings
 from coordinator.events import (
     Action,
@@ -51,6 +51,7 @@ from pdserve.core.messages import (
     Hello,
     KvArrived,
     Orphaned,
+    Preempted,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
@@ -155,13 +156,17 @@ class Registry:
             self._book.no_decode_since.setdefault(leader.model, now)
         # The others wait for the first where its prefix, once cached, saves them reading the prompt again.
         share = bool(decoders) and len(leader.tokens) > decoders[0].info.block_tokens
-        error = placing.admission_error(self._book, leader, now)
+        error = admission.refusal(self._book, samples, now)
         actions: list[Action] = []
+        if error is None:
+            actions += admission.make_room_in_queue(self._book, leader, now)
         for request in samples:
             flight = self._take_in(request, now)
             if error is not None:
                 actions += endings.end(self._book, flight, Phase.REJECTED, error, now)
-            elif share and request is not leader:
+                continue
+            admission.admitted(self._book, flight, now)
+            if share and request is not leader:
                 flight.leader = leader.id
                 self._book.followers.setdefault(leader.id, []).append(flight.id)
             else:
@@ -223,6 +228,8 @@ class Registry:
                 return progress.prefill_done(self._book, flight, attempt, message, now)
             case TransferDone() if worker == attempt.prefill:
                 progress.transferred(self._book, attempt, message)
+            case Preempted() if by_decode:
+                return preempting.preempted(self._book, flight, worker, now)
             case AttemptFailed() if by_decode or (by_reader and not attempt.kv_arrived):
                 # While its KV is awaited, either side or what is between them may be at fault.
                 blame = (worker,) if attempt.kv_arrived else (attempt.decode, attempt.prefill)
@@ -339,6 +346,7 @@ class Registry:
             if flight.ending is not None:
                 actions += endings.finish(self._book, flight, flight.ending, now, reporter=None)
         actions += progress.renew_leases(self._book, now)
+        actions += admission.expire(self._book, now)
         for model, since in self._book.no_decode_since.items():
             if now - since >= self._book.settings.no_workers_wait_s:
                 for request in self._book.waiting.get(model, ()):

@@ -84,6 +84,13 @@ class WaitingQueue:
         self._of(priority).waiting += 1
         heapq.heappush(self._heap, (key, request))
 
+    def first(self, count: int) -> list[RequestId]:
+        """The first `count` in turn."""
+        return [request for _, request in heapq.nsmallest(count, self._by_key())]
+
+    def _by_key(self) -> Iterator[tuple[Key, RequestId]]:
+        return ((key, request) for request, key in self._keys.items())
+
     def peek(self) -> RequestId | None:
         """The first in turn, left in place."""
         while self._heap:
@@ -126,7 +133,7 @@ class WaitingQueue:
         """Who waits with a less urgent priority, the last in turn first."""
         if all(p <= priority or not turns.waiting for p, turns in self._turns.items()):
             return []
-        late = [(key, request) for request, key in self._keys.items() if key[0] > priority]
+        late = [entry for entry in self._by_key() if entry[0][0] > priority]
         return [request for _, request in sorted(late, reverse=True)]
 
     def _of(self, priority: int) -> _Turns:

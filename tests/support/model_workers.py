@@ -27,6 +27,8 @@ from pdserve.core.messages import (
     KvArrived,
     Migrate,
     Orphaned,
+    Preempt,
+    Preempted,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
@@ -148,6 +150,11 @@ class ModelDecode:
                     held.quarantined, held.runs = True, False
                 else:
                     self._release(attempt)
+            case Preempt(attempt=attempt):
+                held = self.reservations.get(attempt)
+                if held is not None and held.runs and not held.awaits_kv:
+                    self._release(attempt)
+                    return [Preempted(attempt=attempt)]
             case Migrate():
                 return self._migrate(message)
             case PushesSettled(attempt=attempt):
