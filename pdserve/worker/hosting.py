@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pdserve.core.errors import PdServeError, WorkerLost
 from pdserve.core.messages import Heartbeat, Role, WorkerInfo
+from pdserve.worker.ray_metrics import Exporter, export_to_ray
 from pdserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Running(Protocol):
     def info(self) -> WorkerInfo: ...
     @property
     def num_coordinators(self) -> int: ...
+    @property
+    def last_heartbeat(self) -> Heartbeat | None: ...
     def wait(self) -> None: ...
     def stop(self) -> None: ...
     def drain(self) -> None: ...
@@ -100,9 +103,13 @@ class HostedWorker(ABC):
         self._may_end = False
         """It was asked to stop or to retire: whoever asked ends the process."""
         self._end: str | BaseException | None = None
+        self._exporter: Exporter | None = None
 
     def __repr__(self) -> str:
-        return str(self._spec.worker)
+        """For Ray's dashboard, which asks once, and for its logs: name, model, and what it does."""
+        spec = self._spec
+        state = "" if self._exporter is None else f", {self._exporter.status}"
+        return f"{type(self).__name__}({spec.worker}, {spec.model_name}, {spec.device}{state})"
 
     @abstractmethod
     def _serve(self, spec: WorkerSpec, engine: Engine) -> Running:
@@ -140,6 +147,7 @@ class HostedWorker(ABC):
                 raise error
             case _:
                 threading.Thread(target=self._watch, name="watch-worker", daemon=True).start()
+                self._exporter = export_to_ray(self._spec, self._last_heartbeat)
                 yield Started(address=self._require().address, pid=os.getpid(), pinned_cores=cores)
 
     def info(self) -> WorkerInfo:
@@ -199,12 +207,17 @@ class HostedWorker(ABC):
         """The process id: proof that the process answers."""
         return os.getpid()
 
+    def _last_heartbeat(self) -> Heartbeat | None:
+        return self._require().last_heartbeat
+
     def _watch(self) -> None:
         end: str | BaseException = "stopped"
         try:
             self._require().wait()
         except BaseException as error:  # whoever waits raises it
             end = error
+        if self._exporter is not None:
+            self._exporter.stop()
         with self._changed:
             self._end = end
             self._changed.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -23,6 +24,7 @@ from pdserve.engine.tiers.build import block_bytes_of, make_tiers
 from pdserve.engine.tiers.store import TierPort
 from pdserve.models.ops import Workload
 from pdserve.worker.cores import CoreLender
+from pdserve.worker.device_probe import Probe, no_probe, probe_of
 from pdserve.worker.events import DrainAsked, UndrainAsked
 from pdserve.worker.host import WorkerHost
 from pdserve.worker.loop import ComputeLoop, Inbox, Role
@@ -32,6 +34,24 @@ from pdserve.worker.spec import WorkerSpec
 log = logging.getLogger(__name__)
 
 TRANSFER_STOP_S: Final = 10.0
+
+
+class Pulse:
+    """Heartbeats of a compute loop, with how busy its device is. Called on the channel's thread."""
+
+    def __init__(self, probe: Probe = no_probe) -> None:
+        self._probe = probe
+        self._loop: ComputeLoop | None = None
+        self.last: Heartbeat | None = None
+
+    def of(self, loop: ComputeLoop) -> None:
+        """Whose heartbeats they are."""
+        self._loop = loop
+
+    def __call__(self) -> Heartbeat:
+        assert self._loop is not None
+        self.last = dataclasses.replace(self._loop.heartbeat(), device=self._probe())
+        return self.last
 
 
 class RunningWorker:
@@ -47,8 +67,10 @@ class RunningWorker:
         inbox: Inbox,
         transfer: TransferPort,
         device: torch.device,
+        pulse: Pulse,
         tiers: TierPort | None = None,
     ) -> None:
+        self._pulse = pulse
         self._tiers = tiers
         self._device = device
         self.info, self.address = info, address
@@ -85,6 +107,11 @@ class RunningWorker:
     def retire(self, timeout_s: float) -> None:
         """Drain, and end like after `stop` when nothing is left here, or after `timeout_s`."""
         self._inbox.put(DrainAsked(time.monotonic() + timeout_s))
+
+    @property
+    def last_heartbeat(self) -> Heartbeat | None:
+        """As it was sent last, or would have been."""
+        return self._pulse.last
 
     def snapshot(self) -> Heartbeat:
         """State after the latest tick. Raises `InvariantViolated` when blocks are not conserved."""
@@ -142,38 +169,39 @@ def launch(
         if tiers is not None:
             tiers.start()
             undo.callback(tiers.stop)
-        loops: list[ComputeLoop] = []
+        device = engine.runner.pools[0].device
+        pulse = Pulse(probe_of(device, num_cores=int(info.num_devices)))
         host = WorkerHost(
             info=info,
             on_event=inbox.put,
-            heartbeat=lambda: loops[0].heartbeat(),
+            heartbeat=pulse,
             heartbeat_s=spec.config.cluster.heartbeat_s,
             # Without a coordinator that could come back, the process ends with the one that started it.
             alone_s=spec.config.cluster.linger_s or None,
             on_alone=inbox.stop,
         )
         lender = None if spec.core_share is None else CoreLender(spec.core_share, torch.set_num_threads)
-        loops.append(
-            ComputeLoop(
-                role=role,
-                host=host,
-                transfer=transfer,
-                inbox=inbox,
-                lender=lender,
-                tiers=tiers,
-                linger_s=2 * spec.config.cluster.heartbeat_s,
-            )
+        loop = ComputeLoop(
+            role=role,
+            host=host,
+            transfer=transfer,
+            inbox=inbox,
+            lender=lender,
+            tiers=tiers,
+            linger_s=2 * spec.config.cluster.heartbeat_s,
         )
+        pulse.of(loop)
         address = host.start(spec.listen)
         undo.pop_all()
     return RunningWorker(
         info=info,
         address=address,
         host=host,
-        loop=loops[0],
+        loop=loop,
+        pulse=pulse,
         inbox=inbox,
         transfer=transfer,
-        device=engine.runner.pools[0].device,
+        device=device,
         tiers=tiers,
     )
 
@@ -242,7 +270,21 @@ def _info(spec: WorkerSpec, engine: EnginePort, *, metadata: bytes, max_num_seqs
         block_tokens=engine.block_tokens,
         max_model_len=longest_sequence(engine),
         max_num_seqs=max_num_seqs,
+        device=_device_name(engine),
+        num_devices=_num_devices(spec, engine),
     )
+
+
+def _device_name(engine: EnginePort) -> str:
+    device = engine.runner.pools[0].device
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _num_devices(spec: WorkerSpec, engine: EnginePort) -> float:
+    """What is paid for: cores, or GPUs."""
+    if engine.runner.pools[0].device.type == "cpu":
+        return spec.num_threads or torch.get_num_threads()
+    return spec.config.cluster.gpus_per_worker or 1.0
 
 
 def _conserved(beat: Heartbeat) -> Heartbeat:

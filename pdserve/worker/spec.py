@@ -30,3 +30,8 @@ class WorkerSpec:
     """Of the deployment's settings: who takes this worker over must have the same."""
     core_share: CoreShare | None = None
     """How it lends and borrows cores; None: it does neither."""
+
+    @property
+    def model_name(self) -> str:
+        """As clients know it."""
+        return self.config.model.served_model_name or self.model_dir.name
