@@ -70,7 +70,8 @@ class Gateway:
     ) -> None:
         self._dispatcher, self._models = dispatcher, models
         self._settings, self._metrics, self._tokenisers = settings, metrics, tokenisers
-        self._epochs = itertools.count(0, settings.max_attempts)
+        # Above those of a coordinator before us: a worker may still hold blocks for a write of its attempts.
+        self._epochs = itertools.count(time.time_ns() // 1000, settings.max_attempts)
 
     def handler(self) -> grpc.GenericRpcHandler[object, object]:
         """The service, for a grpc.aio server."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +24,16 @@ import uvloop
 
 from coordinator.models import ServedModel
 from coordinator.service import Coordinator
+from pdserve.cluster import kept_ray
+from pdserve.cluster.keeper import KeeperSpec
 from pdserve.cluster.placement import Node, PlacementPlan, plan_placement
 from pdserve.cluster.ray_host import RayHost
-from pdserve.cluster.ray_session import RaySession, close_session, open_session
+from pdserve.cluster.ray_session import RaySession, close_session, join_kept, open_session
 from pdserve.cluster.supervisor import Supervisor
 from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
+from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.models import store
 from pdserve.worker.hosting import Progress
 
@@ -112,12 +117,13 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
     served = ServedModel.from_dir(
         model_dir, name=config.model.served_model_name, max_model_len=config.model.max_model_len
     )
+    identity = identity_of(config, model_dir)
     async with contextlib.AsyncExitStack() as stack:
-        session = _start_ray(config, environment, report)
+        session = _start_ray(config, environment, report, identity)
         stack.callback(close_session, session, grace_s=STOP_GRACE_S)
         report("ray", "Ray runs", 1.0)
         plan = plan_placement(config, session.nodes())
-        host = RayHost(session, plan, config, model_dir, _worker_progress(report))
+        host = RayHost(session, plan, config, model_dir, _worker_progress(report), identity)
         await host.reserve()
         stack.callback(host.release)
         coordinator = Coordinator(config, [served])
@@ -126,11 +132,15 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
             _CoordinatorRegistry(coordinator, served.name),
             plan.slots,
             ping_timeout_s=_SILENCE_PER_HEARTBEAT_TIMEOUT * config.coordinator.heartbeat_timeout_s,
+            # Workers that died while nobody watched leave peers that remember an epoch we cannot know.
+            epochs_before=int(time.time()) if host.num_left else 0,
         )
         stack.push_async_callback(supervisor.stop, STOP_GRACE_S)
         endpoints = await coordinator.start()
         stack.push_async_callback(coordinator.stop, STOP_GRACE_S)
         await supervisor.start()
+        if session.keeper is not None:
+            session.keeper.linger()
         yield Deployment(
             config=config,
             model=served.name,
@@ -146,7 +156,8 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
 
 async def try_ray(config: ServeConfig) -> list[Node]:
     """Start (or join) Ray as `deployed` would, look at its nodes, and leave. Raises `ConfigError`."""
-    quiet = config.model_copy(update={"cluster": config.cluster.model_copy(update={"dashboard": False})})
+    cluster = config.cluster.model_copy(update={"dashboard": False, "linger_s": 0.0})
+    quiet = config.model_copy(update={"cluster": cluster})
     session = _start_ray(quiet, read_environment(), _silent)
     try:
         return session.nodes()
@@ -226,22 +237,48 @@ def _silent(what: str, text: str, fraction: float | None = None) -> None:
     """A `Report` that says nothing."""
 
 
-def _start_ray(config: ServeConfig, environment: Environment, report: Report) -> RaySession:
+def identity_of(config: ServeConfig, model_dir: Path) -> str:
+    """What a worker was started with, in one word: with the same, the next launcher can take it over."""
+    settings = config.model_dump_json(
+        exclude={"coordinator": True, "cluster": {"dashboard", "dashboard_port"}, "seed": True}
+    )
+    described = f"{PROTOCOL_VERSION} {model_dir.resolve()} {settings}"
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _start_ray(
+    config: ServeConfig, environment: Environment, report: Report, identity: str = ""
+) -> RaySession:
     local = config.cluster.address == "local"
-    report("ray", "starting Ray on this machine" if local else f"joining Ray at {config.cluster.address}")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     for name, value in _WORKER_ENV.items():
         os.environ.setdefault(name, value)
-    if local and environment.ray_auth_token is None and environment.ray_auth_token_path is None:
+    own_token = local and environment.ray_auth_token is None and environment.ray_auth_token_path is None
+    kept = local and config.cluster.linger_s > 0
+    if kept:
+        # What Ray does by itself for a cluster that it starts, and not when it joins one.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if kept and (keeper := kept_ray.claim(identity, config.coordinator.port)):
+        report("ray", f"taking over the deployment in {keeper.ray.run_dir}")
+        if keeper.ray.auth_token is not None:
+            os.environ["RAY_AUTH_TOKEN"] = keeper.ray.auth_token
+        return join_kept(keeper)
+    report("ray", "starting Ray on this machine" if local else f"joining Ray at {config.cluster.address}")
+    if own_token:
         # Ray would write a token into the home directory, for every cluster of this user, and say so.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     workers = config.prefill.workers + config.decode.workers
-    needed = workers * (config.cluster.cpus_per_worker or 1)
-    return open_session(
-        config.cluster,
-        num_cpus=max(usable_cores(), needed),
-        worker_env={n: os.environ[n] for n in _WORKER_ENV},
-    )
+    num_cpus = max(usable_cores(), workers * (config.cluster.cpus_per_worker or 1))
+    if kept:
+        spec = KeeperSpec(
+            settings=config.cluster,
+            num_cpus=num_cpus,
+            identity=identity,
+            port=config.coordinator.port,
+            auth_token=os.environ["RAY_AUTH_TOKEN"] if own_token else None,
+        )
+        return join_kept(kept_ray.start(spec))
+    return open_session(config.cluster, num_cpus=num_cpus, worker_env={n: os.environ[n] for n in _WORKER_ENV})
 
 
 def usable_cores() -> int:

@@ -40,7 +40,7 @@ def demo(
             "decode": {"workers": decode},
             # Beside a deployment that runs already, and without a dashboard that nobody would see.
             "coordinator": {"port": 0},
-            "cluster": {"dashboard": False},
+            "cluster": {"dashboard": False, "linger_s": 0.0},
         },
     )
     _run(resolved, prompt, max_tokens)

@@ -7,6 +7,7 @@ second, and nobody would tell the coordinator. The supervisor makes the successo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -15,8 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+)
 from ray.util.placement_group import remove_placement_group as remove_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -29,7 +37,7 @@ from pdserve.core.errors import CheckpointError, ConfigError, PdServeError, Work
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 from pdserve.worker.cores import CoreShare
-from pdserve.worker.hosting import HostedWorker, NotStarted, Progress, Started, StartStep
+from pdserve.worker.hosting import Described, HostedWorker, NotStarted, Progress, Started, StartStep
 from pdserve.worker.spec import WorkerSpec
 from prefill.actor import PrefillActor
 
@@ -43,6 +51,8 @@ _ACTOR_THREADS: Final = 8
 _NAME_RELEASE_S: Final = 10.0
 _KILL_WAIT_S: Final = 10.0
 _LOG_TAIL_LINES: Final = 8
+_DESCRIBE_S: Final = 2.0
+"""A worker that was left running answers at once, unless it is stopped."""
 
 
 class RayHost:
@@ -55,23 +65,41 @@ class RayHost:
         config: ServeConfig,
         model_dir: Path,
         on_progress: OnProgress,
+        identity: str = "",
     ) -> None:
+        """identity: of the settings; workers that were started with the same ones can be taken over."""
         self._session, self._plan, self._config = session, plan, config
+        self._identity = identity
+        self._left: dict[WorkerId, Any] = {}
         self._model_dir, self._on_progress = model_dir, on_progress
         self._groups: dict[Role, PlacementGroup] = {}
         self._node_of: dict[WorkerId, str] = {}
         self._pinned: dict[WorkerId, tuple[int, ...]] = {}
 
+    @property
+    def outlives_us(self) -> bool:
+        """Workers are detached actors: they live on when this process is killed."""
+        return self._config.cluster.linger_s > 0
+
+    @property
+    def num_left(self) -> int:
+        """Workers of a killed launcher that may live, and that `launch` has not looked at yet."""
+        return len(self._left)
+
     async def reserve(self) -> None:
-        """Make a placement group for prefill and one for decode. Raises `ConfigError` without room."""
+        """Make a placement group for prefill and one for decode, or find those a killed launcher left.
+
+        Raises `ConfigError` without room.
+        """
         timeout_s = self._config.cluster.start_timeout_s
+        if self.outlives_us:
+            self._left = {s.worker: actor for s in self._plan.slots if (actor := _find(s.worker))}
+            if self._left:
+                log.warning("found %s running; taking over", ", ".join(sorted(self._left)))
         for role, slots in ((Role.PREFILL, self._plan.prefill), (Role.DECODE, self._plan.decode)):
             if not slots:
                 continue
-            group = placement_group(
-                [self._plan.bundle() for _ in slots], strategy="PACK", name=f"{NAMESPACE}-{role.value}"
-            )
-            self._groups[role] = group
+            group = self._groups[role] = self._group(role, len(slots))
             try:
                 async with asyncio.timeout(timeout_s):
                     await group.ready()
@@ -84,6 +112,19 @@ class RayHost:
             self._node_of |= {slot.worker: nodes[slot.index] for slot in slots}
         self._pinned = core_slots(self._plan, self._node_of, self._session.nodes())
 
+    def _group(self, role: Role, count: int) -> PlacementGroup:
+        name, bundles = f"{NAMESPACE}-{role.value}", [self._plan.bundle() for _ in range(count)]
+        if self.outlives_us:
+            with contextlib.suppress(ValueError):  # there is none
+                left: PlacementGroup = get_placement_group(name)
+                if left.bundle_specs == bundles:
+                    return left
+                remove_group(left)
+        made: PlacementGroup = placement_group(
+            bundles, strategy="PACK", name=name, lifetime="detached" if self.outlives_us else None
+        )
+        return made
+
     def release(self) -> None:
         """Give the placement groups back."""
         for group in self._groups.values():
@@ -91,10 +132,17 @@ class RayHost:
         self._groups.clear()
 
     async def launch(self, slot: WorkerSlot, epoch: int) -> RayWorker:
-        """Start one worker and wait until it listens. Raises `WorkerLost` or what the worker reported."""
+        """Start one worker and wait until it listens, or take over one that was left running.
+
+        Raises `WorkerLost` or what the worker reported.
+        """
+        if slot.worker in self._left:
+            left = await self._adopt(slot, self._left.pop(slot.worker))
+            if left is not None:
+                return left
         spec = self._spec(slot, epoch)
         actor = await self._create(slot, spec)
-        worker = RayWorker(slot.worker, actor, self._node_of[slot.worker], self._session)
+        worker = RayWorker(slot.worker, actor, self._node_of[slot.worker], self._session, epoch)
         try:
             async with asyncio.timeout(self._config.cluster.start_timeout_s):
                 await worker.start(self._on_progress)
@@ -106,7 +154,43 @@ class RayHost:
         except BaseException:
             await worker.kill()
             raise
+        if self.outlives_us and worker.pidfd is not None:
+            self._pid_file(slot.worker).write_text(str(worker.pid))
         return worker
+
+    async def _adopt(self, slot: WorkerSlot, actor: Any) -> RayWorker | None:
+        """The worker behind `actor`; None when it cannot be used: then its process has been ended."""
+        worker = RayWorker(slot.worker, actor, self._node_of[slot.worker], self._session, epoch=0)
+        try:
+            async with asyncio.timeout(_DESCRIBE_S):
+                found: Described = await actor.describe.remote()
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            log.warning("%s was left running but cannot be used: %s", slot.worker, _first_line(error))
+            worker.watch(self._left_pid(slot.worker))
+            await worker.kill()
+            return None
+        if found.num_coordinators:
+            raise ConfigError(f"another {NAMESPACE} uses {slot.worker} here; end it first")
+        worker.address, worker.epoch = found.address, found.epoch
+        worker.watch(found.pid)
+        if found.identity != self._identity:
+            log.warning("%s was started with other settings; it is started again", slot.worker)
+            await worker.kill()
+            return None
+        worker.follow()
+        self._on_progress(slot.worker, Progress(fraction=1.0, text="taken over"))
+        return worker
+
+    def _pid_file(self, worker: WorkerId) -> Path:
+        return self._session.run_dir.path / f"{worker}.pid"
+
+    def _left_pid(self, worker: WorkerId) -> int:
+        """The process behind a worker that does not answer; 0 when it is not known or ended."""
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
+            pid = int(self._pid_file(worker).read_text())
+            if any(word.startswith("ray::") for word in psutil.Process(pid).cmdline()):
+                return pid
+        return 0
 
     def _spec(self, slot: WorkerSlot, epoch: int) -> WorkerSpec:
         return WorkerSpec(
@@ -115,6 +199,7 @@ class RayHost:
             epoch=epoch,
             config=worker_config(self._config, self._plan),
             model_dir=self._model_dir,
+            identity=self._identity,
             listen=self._listen(slot, epoch),
             device="cuda:0" if self._plan.uses_gpus else "cpu",
             num_threads=None if self._plan.uses_gpus else max(1, len(self._pinned[slot.worker])),
@@ -148,6 +233,7 @@ class RayHost:
     async def _create(self, slot: WorkerSlot, spec: WorkerSpec) -> Any:
         options = ray.remote(_ACTOR_OF[slot.role]).options(
             name=slot.worker,
+            lifetime="detached" if self.outlives_us else None,
             max_restarts=0,
             max_concurrency=_ACTOR_THREADS,
             num_cpus=self._plan.cpus_per_worker,
@@ -160,12 +246,26 @@ class RayHost:
         deadline = asyncio.get_running_loop().time() + _NAME_RELEASE_S
         while True:
             try:
-                return options.remote(spec, self._pinned[slot.worker])
+                return options.remote(spec, self._pinned[slot.worker], _give_group_back)
             except ValueError as error:
                 # The name of a dead actor is free a moment after its death is known, and nothing tells when.
                 if asyncio.get_running_loop().time() > deadline:
                     raise WorkerLost(slot.worker, f"another {NAMESPACE} runs here: {error}") from error
                 await asyncio.sleep(0.05)
+
+
+def _find(worker: WorkerId) -> Any:
+    try:
+        return ray.get_actor(worker)
+    except ValueError:
+        return None
+
+
+def _give_group_back() -> None:
+    """In a worker that ends because nobody came back for it: the others are alone too."""
+    group = get_current_placement_group()
+    if group is not None:
+        remove_group(group)
 
 
 def worker_config(config: ServeConfig, plan: PlacementPlan) -> ServeConfig:
@@ -185,6 +285,7 @@ class RayWorker:
     actor: Any
     node: str
     session: RaySession
+    epoch: int
     address: str = ""
     pid: int = 0
     pidfd: int | None = None
@@ -202,8 +303,18 @@ class RayWorker:
                 case Started(address=address, pid=pid):
                     self.address, self.pid = address, pid
                     on_progress(self.worker, Progress(fraction=1.0, text="ready"))
-        if self.node == self.session.node_id and hasattr(os, "pidfd_open"):
-            self.pidfd = os.pidfd_open(self.pid)
+        self.watch(self.pid)
+        self.follow()
+
+    def watch(self, pid: int) -> None:
+        """`pid` is its process, 0 when that is not known."""
+        self.pid = pid
+        if pid and self.node == self.session.node_id and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended: Ray will say so
+                self.pidfd = os.pidfd_open(pid)
+
+    def follow(self) -> None:
+        """Be told by Ray when the process, or the worker in it, ends."""
         self._wait = self.actor.wait.remote()
 
     async def died(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import ray
@@ -17,6 +18,9 @@ from pdserve.cluster.placement import Node, node_from_resources
 from pdserve.cluster.run_dir import RunDir
 from pdserve.core.config import ClusterSettings
 from pdserve.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pdserve.cluster.kept_ray import KeeperLink
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,10 @@ class RaySession:
     dashboard_url: str | None
     node_id: str
     """Of the node this process runs on."""
+    address: str
+    """Where its head listens: what another process joins it by."""
+    keeper: KeeperLink | None = None
+    """Who owns a local Ray that outlives this process; None: it ends with us."""
     children: tuple[psutil.Process, ...] = ()
     """Processes that the session started; all are gone after `close_session`."""
 
@@ -84,12 +92,46 @@ def open_session(
         log_dir=Path(address["session_dir"]) / "logs",
         dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         node_id=address["node_id"],
+        address=address["gcs_address"],
         children=tuple(child for child in children if child.pid not in before),
+    )
+
+
+def join_kept(keeper: KeeperLink) -> RaySession:
+    """Connect to the Ray of a keeper that this process holds. Raises `ConfigError` when none answers."""
+    kept = keeper.ray
+    # It read the environment when it was imported, without the token.
+    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]  # Ray has no stubs for it
+    ray._private.worker._worker_logs_enabled = False
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        context: Any = ray.init(
+            address=kept.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
+        raise ConfigError(
+            f"cluster.address: Ray in {kept.run_dir} does not answer: {_first_line(error)}"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+    return RaySession(
+        local=True,
+        run_dir=RunDir.of_keeper(kept.run_dir),
+        log_dir=kept.log_dir,
+        dashboard_url=kept.dashboard_url,
+        node_id=context.address_info["node_id"],
+        address=kept.address,
+        keeper=keeper,
     )
 
 
 def close_session(session: RaySession, *, grace_s: float) -> None:
     """Leave the cluster; end every process and remove every file of a local one. Never raises for those."""
+    if session.keeper is not None:
+        _close_kept(session.keeper)
+        return
     started = set(session.children)
     if session.local:
         # Workers came later than the session, as children of its raylet.
@@ -108,6 +150,16 @@ def close_session(session: RaySession, *, grace_s: float) -> None:
             continue
     psutil.wait_procs(alive, timeout=grace_s)
     session.run_dir.remove()
+
+
+def _close_kept(keeper: KeeperLink) -> None:
+    ray.shutdown()
+    try:
+        keeper.end()
+    except TimeoutError:
+        log.warning("the keeper of Ray, process %d, does not end; killed", keeper.ray.keeper_pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(keeper.ray.keeper_pid).kill()  # the kernel ends its Ray with it
 
 
 def _init_arguments(

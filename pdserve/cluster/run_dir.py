@@ -28,6 +28,11 @@ class RunDir:
         self._lock_fd = lock_fd
 
     @classmethod
+    def of_keeper(cls, path: Path) -> Self:
+        """One that another process holds and will remove."""
+        return cls(path, lock_fd=-1)
+
+    @classmethod
     def make(cls, root: Path = ROOT) -> Self:
         """A new one; what killed deployments of this user left under `root` is removed first."""
         for left in root.glob(f"{_PREFIX}*"):
@@ -43,6 +48,17 @@ class RunDir:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def existing(root: Path = ROOT) -> list[Path]:
+    """This user's directories under `root`, whoever uses them."""
+    found = []
+    for path in root.glob(f"{_PREFIX}*"):
+        # One may end while we look.
+        with contextlib.suppress(OSError):
+            if not path.is_symlink() and path.stat().st_uid == os.getuid():
+                found.append(path)
+    return sorted(found)
 
 
 def _remove_if_abandoned(path: Path) -> None:

@@ -35,6 +35,10 @@ class WorkerHandle(Protocol):
     def address(self) -> str: ...
     @property
     def pid(self) -> int: ...
+    @property
+    def epoch(self) -> int:
+        """Of the process: one that was found running has the epoch it was started with."""
+        ...
 
     async def died(self) -> str:
         """Complete, with the reason, when the process has ended or the worker's own loops have failed."""
@@ -54,7 +58,7 @@ class WorkerHandle(Protocol):
 
 
 class WorkerHost(Protocol):
-    """Starts workers; raises `PdServeError` when one cannot start."""
+    """Starts workers, or finds them running; raises `PdServeError` when one cannot start."""
 
     async def launch(self, slot: WorkerSlot, epoch: int) -> WorkerHandle: ...
 
@@ -112,12 +116,14 @@ class Supervisor:
         slots: Sequence[WorkerSlot],
         *,
         ping_timeout_s: float,
+        epochs_before: int = 0,
         backoff: Callable[[], Backoff] = Backoff,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        """epochs_before: no incarnation before us had a higher one; processes that it met may live on."""
         self._host, self._registry = host, registry
         self._ping_timeout_s, self._sleep = ping_timeout_s, sleep
-        self._watched = [_Watched(slot, backoff=backoff()) for slot in slots]
+        self._watched = [_Watched(slot, epoch=epochs_before, backoff=backoff()) for slot in slots]
 
     async def start(self) -> None:
         """Start every worker at once; the first that cannot start fails the deployment, typed."""
@@ -142,7 +148,7 @@ class Supervisor:
         await asyncio.gather(*(handle.stop(grace_s) for handle in handles))
 
     def epochs(self) -> dict[WorkerId, int]:
-        """The incarnation of each worker; 1 is the first."""
+        """The incarnation of each worker."""
         return {watched.slot.worker: watched.epoch for watched in self._watched}
 
     def pids(self) -> dict[WorkerId, int]:
@@ -152,6 +158,7 @@ class Supervisor:
     async def _launch(self, watched: _Watched) -> None:
         watched.epoch += 1
         watched.handle = await self._host.launch(watched.slot, watched.epoch)
+        watched.epoch = watched.handle.epoch
         await self._registry.add(watched.handle.address)
         watched.started = asyncio.get_running_loop().time()
 

@@ -20,7 +20,7 @@ def config_of(path: Path, /, **sections: dict[str, Any]) -> ServeConfig:
         "cache": {"block_size": 16, "num_blocks": 512},
         "prefill": {"max_num_batched_tokens": 64},
         "coordinator": {"port": 0, "heartbeat_timeout_s": 4.0},
-        "cluster": {"dashboard": False, "heartbeat_s": 0.1, "start_timeout_s": 120},
+        "cluster": {"dashboard": False, "heartbeat_s": 0.1, "start_timeout_s": 120, "linger_s": 0},
     }
     merged = {
         name: {**base.get(name, {}), **sections.get(name, {})} for name in base.keys() | sections.keys()

@@ -7,11 +7,13 @@ import signal
 import threading
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
 import psutil
 import pytest
 from transformers import PreTrainedModel
 
+from pdserve.client import Client
 from pdserve.core.errors import PdServeError
 from pdserve.core.lifecycle import Phase
 from tests.e2e.test_disaggregated import prompt_of
@@ -22,10 +24,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("conserved")]
 Oracle = tuple[Path, PreTrainedModel]
 
 
+class Serving(Protocol):
+    """What answers."""
+
+    def client(self) -> Client: ...
+
+
 class Streaming:
     """One request on a thread of its own: its tokens so far, and how it ended."""
 
-    def __init__(self, running: RunningDeployment, prompt: list[int], max_tokens: int) -> None:
+    def __init__(self, running: Serving, prompt: list[int], max_tokens: int) -> None:
         self.tokens: list[int] = []
         self.attempts = 0
         self.error: PdServeError | None = None
@@ -41,7 +49,7 @@ class Streaming:
         self._thread.join(90)
         assert not self._thread.is_alive(), "the stream hangs"
 
-    def _run(self, running: RunningDeployment, prompt: list[int], max_tokens: int) -> None:
+    def _run(self, running: Serving, prompt: list[int], max_tokens: int) -> None:
         try:
             with running.client() as client:
                 for delta in client.stream(

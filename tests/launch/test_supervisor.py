@@ -25,6 +25,7 @@ class FakeWorker:
     death: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     answers: bool = True
     pid: int = 1
+    epoch: int = 1
 
     async def died(self) -> str:
         return await asyncio.shield(self.death)
@@ -55,7 +56,7 @@ class FakeCluster:
         self.log.append(f"launch {name}")
         if name in self.fail:
             raise self.fail[name]
-        self.workers[name] = FakeWorker(name, self.log)
+        self.workers[name] = FakeWorker(name, self.log, epoch=epoch)
         return self.workers[name]
 
     async def add(self, address: str) -> None:
