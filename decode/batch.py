@@ -10,6 +10,7 @@ import bisect
 from collections.abc import Iterator
 
 from decode.run import DecodePlan, DecodeRun, Stage, Turn
+from decode.speculation import Speculation
 from pdserve.core.errors import BlockPoolExhausted
 from pdserve.core.ids import AttemptId
 from pdserve.core.layout import blocks_for
@@ -28,8 +29,9 @@ class Batch:
         block_tokens: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        speculation: Speculation | None = None,
     ) -> None:
-        self._pool, self._cache = pool, cache
+        self._pool, self._cache, self._speculation = pool, cache, speculation
         self._block_tokens = block_tokens
         self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
         self._running: list[DecodeRun] = []
@@ -81,7 +83,10 @@ class Batch:
         turns = list(self._decoding())
         if self.num_preemptions == preempted_before:
             self._resume_preempted()
-        turns += self._reading(len(turns))
+        reading = list(self._reading(len(turns)))
+        if turns and not reading and self._speculation is not None:
+            self._speculation.plan(turns, self._room, self._budget - len(turns))
+        turns += reading
         return DecodePlan(turns, now) if turns else None
 
     def remember(self, run: DecodeRun) -> None:
@@ -114,6 +119,17 @@ class Batch:
                 if victim is run:
                     return False
         return True
+
+    def _room(self, run: DecodeRun, wanted: int) -> int:
+        """How many guesses after its newest token its blocks take, with those it can have without harm."""
+        size = self._block_tokens
+        missing = blocks_for(len(run.tokens) + wanted, size) - len(run.blocks)
+        if missing > 0 and self._pool.num_available - missing >= self.spare_blocks:
+            run.blocks += self._cache.allocate(missing, run.computing)
+        room = min(wanted, len(run.blocks) * size - len(run.tokens))
+        for index in range(run.computed // size, blocks_for(len(run.tokens) + room, size)):
+            self._pool.require_writable(run.blocks[index], run.computing)
+        return room
 
     def _preempt(self, run: DecodeRun) -> None:
         self._running.remove(run)

@@ -94,6 +94,7 @@ class Departures:
         )
         self._of[order.to] = departure
         self._leaving[run.attempt] = departure
+        run.leaving = True
         full = run.computed // size
         # Nothing to copy first, or the next step would outgrow the target's blocks.
         if full <= departure.pushed_blocks or self._overflows(order, len(run.tokens)):
@@ -246,6 +247,7 @@ class Departures:
         run, departure.run = departure.run, None
         if run is not None:
             del self._leaving[run.attempt]
+            run.leaving = False
             if run.stage is Stage.MOVING:
                 self._batch.join(run)
         departure.stage = _Stage.FAILED

@@ -9,7 +9,7 @@ from decode.arrivals import Arrivals
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.messages import RequestSpec
 from pdserve.core.sampling import TokenLogprobs
-from pdserve.engine.batch import SampleRequest, SequenceSlice
+from pdserve.engine.batch import Logits, SampleRequest, SequenceSlice
 from pdserve.engine.block_pool import Holder, HolderKind
 from pdserve.engine.prefix_cache import PrefixHashes
 from pdserve.worker.compute import PromptLogprobs, Work, slice_logits
@@ -61,6 +61,8 @@ class DecodeRun:
     """Its prefill worker has said that nothing more is to come."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of the tokens that came after the spec's, where they are wanted: they go along when it moves."""
+    leaving: bool = False
+    """Its blocks are being copied to another worker: it must not outgrow the room there."""
     reading: bool = False
     """The prompt is being read here, for the first time."""
     began: bool = False
@@ -95,15 +97,23 @@ class DecodeRun:
         return self.spec.sampling.prompt_logprobs if wanted else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
-    """Tokens up to `end` of one sequence, in one step."""
+    """Tokens up to `end` of one sequence, in one step, and guesses at those after it."""
 
     run: DecodeRun
     start: int
     end: int
     final: bool
     """Its last token is computed, so the next one is sampled."""
+    depth: int = 0
+    """Guesses wanted."""
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def decodes(self) -> bool:
+        """It computes the newest token alone, and the guesses after it."""
+        return self.final and self.end - self.start == 1 and not self.run.reading
 
     def work(self) -> Work:
         run = self.run
@@ -111,12 +121,13 @@ class Turn:
         logprobs = None if count is None else PromptLogprobs(run.tokens[self.start + 1 : self.end + 1], count)
         return Work(
             slice=SequenceSlice(
-                tokens=run.tokens[self.start : self.end],
+                tokens=run.tokens[self.start : self.end] + self.drafts,
                 start=self.start,
                 blocks=run.blocks,
-                logits=slice_logits(final=self.final, prompt_logprobs=count),
+                logits=Logits.ALL if self.drafts else slice_logits(final=self.final, prompt_logprobs=count),
             ),
             sample=self._sample_request() if self.final else None,
+            drafts=self.drafts,
             prompt_logprobs=logprobs,
         )
 
@@ -134,3 +145,5 @@ class Turn:
 class DecodePlan:
     turns: list[Turn]
     started: float
+    drafting_s: float = 0.0
+    """Of the step's time, what guessing took."""

@@ -9,7 +9,7 @@ StartDecode --blocks--> RECEIVING (reception) --every push landed--> RUNNING (ba
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from decode.arrivals import NoteStats
@@ -18,6 +18,7 @@ from decode.deferred import Deferred
 from decode.departures import Departures
 from decode.reception import Reception
 from decode.run import DecodePlan, DecodeRun, Source, Stage, Turn
+from decode.speculation import Speculation, standing
 from kvtransfer.protocol import NoteArrived, PeerConnected, PeerFailed, PushEnded, TransferStopped
 from pdserve.core.errors import (
     InvalidRequest,
@@ -53,7 +54,7 @@ from pdserve.core.messages import (
     Undrain,
 )
 from pdserve.core.sampling import TokenLogprobs
-from pdserve.engine.batch import Sampled, SampleFailed
+from pdserve.engine.batch import Sampled, SampleFailed, SampleResult
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
 from pdserve.engine.tiers.store import BlocksLoaded, BlockStored, TierPort, TiersFailed
@@ -91,6 +92,7 @@ class DecodeScheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool,
+        speculation: Speculation | None = None,
         tiers: TierPort | None = None,
     ) -> None:
         self._worker, self._epoch = worker, epoch
@@ -106,7 +108,9 @@ class DecodeScheduler:
             block_tokens=block_tokens,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            speculation=speculation,
         )
+        self._speculation = speculation
         self._tiering = Tiering(self._pool, self._cache, tiers, block_tokens=block_tokens)
         self._deferred = Deferred()
         self._reading_meter = StepMeter()
@@ -370,7 +374,9 @@ class DecodeScheduler:
                 logprobs=handover.token_logprobs,
             )
             actions.append(Send(run.owner, again))
-        return [*actions, *self._emit(run, Sampled(handover.first_token, handover.logprobs), now)]
+        first = Sampled(handover.first_token, handover.logprobs)
+        sent, finish = self._append(run, [first])
+        return [*actions, sent, *([] if finish is None else self._end(run, now))]
 
     # --- ends ---------------------------------------------------------------------------------------
 
@@ -395,6 +401,8 @@ class DecodeScheduler:
     def _end(self, run: DecodeRun, now: float) -> list[Action]:
         """Take it out. Blocks that a push may still write are set apart; the others are given back."""
         del self._runs[run.attempt]
+        if self._speculation is not None:
+            self._speculation.forget(run)
         if run.attempt in self._reception:
             self._reception.abandon(run)
             return []
@@ -432,10 +440,17 @@ class DecodeScheduler:
                 actions.append(Send(run.owner, started))
         return plan, actions
 
+    def draft(self, plan: DecodePlan, clock: Callable[[], float]) -> None:
+        """Have the guesses made that a plan wants; computes, where a model guesses."""
+        if self._speculation is not None:
+            self._speculation.fill(plan, clock)
+
     def complete(self, plan: DecodePlan, results: Sequence[WorkResult], now: float) -> list[Action]:
         """The step is computed and sampled."""
         self._plan = None
         seconds = now - plan.started
+        if self._speculation is not None:
+            self._speculation.stepped(plan, seconds)
         actions: list[Action] = []
         for turn, result in zip(plan.turns, results, strict=True):
             actions += self._computed(turn, result, seconds, now)
@@ -457,9 +472,8 @@ class DecodeScheduler:
             if not run.reading:
                 return []  # what preemption threw away is computed again: nobody needs to know
             return [Send(run.owner, PrefillProgress(attempt=run.attempt, tokens_done=turn.end))]
-        if not run.reading:
-            return self._emit(run, sampled, now)
-        return [*self._prompt_read(run, sampled), *self._emit(run, sampled, now)]
+        read = self._prompt_read(run, sampled) if run.reading else []
+        return [*read, *self._emit(turn, [sampled, *result.after_drafts], now)]
 
     def _prompt_read(self, run: DecodeRun, sampled: Sampled) -> list[Action]:
         """What a prefill worker would have said."""
@@ -475,21 +489,44 @@ class DecodeScheduler:
         run.reading = False
         return [Send(run.owner, done), Send(run.owner, KvArrived(attempt=run.attempt))]
 
-    def _emit(self, run: DecodeRun, sampled: Sampled, now: float) -> list[Action]:
-        """Append a token, stream it, and end the request if it ends the answer."""
-        finish = self._finish(run, sampled.token)
-        logprobs: list[TokenLogprobs] = [] if sampled.logprobs is None else [sampled.logprobs]
+    def _emit(self, turn: Turn, results: Sequence[SampleResult], now: float) -> list[Action]:
+        """Stream what was sampled, as far as the guesses held, and end the request if it ends the answer."""
+        run = turn.run
+        standing_results = standing(turn.drafts, results)
+        if self._speculation is not None:
+            self._speculation.judged(turn, len(standing_results) - 1)
+        tokens = [result for result in standing_results if isinstance(result, Sampled)]
+        sent, finish = self._append(run, tokens)
+        # Guesses that held were computed in this step; the others' KV is written over in the next.
+        run.computed = len(run.tokens) - 1
+        self._batch.remember(run)
+        last = standing_results[-1]
+        if finish is not None:
+            return [sent, *self._end(run, now)]
+        return [sent, *self._fail_run(run, last.error, now)] if isinstance(last, SampleFailed) else [sent]
+
+    def _append(self, run: DecodeRun, sampled: Sequence[Sampled]) -> tuple[Send, FinishReason | None]:
+        """Up to the token that ends the answer, if one does."""
+        first_index, finish = run.num_output, None
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for one in sampled:
+            finish = self._finish(run, one.token)
+            tokens.append(one.token)
+            run.tokens.append(one.token)
+            if one.logprobs is not None:
+                logprobs.append(one.logprobs)
+            if finish is not None:
+                break
+        run.logprobs += logprobs
         message = Tokens(
             attempt=run.attempt,
-            first_index=run.num_output,
-            tokens=[sampled.token],
+            first_index=first_index,
+            tokens=tokens,
             logprobs=logprobs,
             finish_reason=finish,
         )
-        run.tokens.append(sampled.token)
-        run.logprobs += logprobs
-        ended = [] if finish is None else self._end(run, now)
-        return [Send(run.owner, message), *ended]
+        return Send(run.owner, message), finish
 
     def _finish(self, run: DecodeRun, token: int) -> FinishReason | None:
         return finish_reason(run.spec, token, num_tokens=len(run.tokens) + 1, max_len=self._max_len)
@@ -532,6 +569,9 @@ class DecodeScheduler:
             prefix_query_tokens=self._cache.stats.query_tokens,
             steps=self._meter.steps,
             tiers=self._tiering.counts(),
+            preemptions=self._batch.num_preemptions,
+            proposed_at=[] if self._speculation is None else list(self._speculation.proposed_at),
+            accepted_at=[] if self._speculation is None else list(self._speculation.accepted_at),
             draining=self._duty.draining,
             role=self._duty.role,
             stopping=self._duty.stopping,

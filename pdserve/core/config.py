@@ -145,6 +145,41 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+class SpeculativeMethod(StrEnum):
+    """Who guesses tokens that a step then checks."""
+
+    OFF = "off"
+    NGRAM = "ngram"
+    DRAFT_MODEL = "draft_model"
+
+
+class SpeculativeSettings(_Frozen):
+    method: Annotated[SpeculativeMethod, BeforeValidator(_off)] = SpeculativeMethod.OFF
+    """Decode workers check several guessed tokens in one step; the answers are those that they would give
+    without. ngram: what followed the same words earlier in prompt or answer. draft_model: a small model."""
+    num_speculative_tokens: PositiveInt = 5
+    """Guesses at one answer in one step at most."""
+    prompt_lookup_min: PositiveInt = 2
+    """ngram: the shortest run of tokens that must have occurred before."""
+    prompt_lookup_max: PositiveInt = 5
+    """ngram: the longest that is looked for."""
+    model: str | None = None
+    """draft_model: as `model.model`; must have the same vocabulary."""
+    memory_gib: Annotated[float, Field(gt=0)] = 0.5
+    """draft_model: its KV pool; a sequence that finds no room there is not guessed at."""
+    adaptive: bool = True
+    """Guess only where it pays, by the measured share of guesses that hold and the measured time of steps:
+    not at answers that are hard to guess, and not in large batches. false: always."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpeculativeSettings:
+        if self.method is SpeculativeMethod.DRAFT_MODEL and self.model is None:
+            raise ValueError("method draft_model needs a model")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError("prompt_lookup_min is greater than prompt_lookup_max")
+        return self
+
+
 def _ucx_names(options: dict[str, str]) -> dict[str, str]:
     """UCX passes over names it does not know, so the likely slips are caught here."""
     for name in options:
@@ -386,6 +421,7 @@ class ServeConfig(_Frozen):
     cache: CacheSettings = CacheSettings()
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
+    speculative: SpeculativeSettings = SpeculativeSettings()
     transfer: TransferSettings = TransferSettings()
     coordinator: CoordinatorSettings = CoordinatorSettings()
     cluster: ClusterSettings = ClusterSettings()

@@ -33,6 +33,10 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = torch.device(device)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
     @torch.inference_mode()
     def sample(self, logits_NV: Tensor, requests: Sequence[SampleRequest]) -> list[SampleResult]:
         """One token per row. logits_NV: float32, rows as `requests`; not changed.

@@ -5,8 +5,8 @@ Shape legend: N rows of logits, V vocabulary, L rows of one slice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pdserve.core.sampling import TokenLogprobs
@@ -27,11 +27,16 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One sequence's part of a step. `sample`: draw a token from the slice's last row."""
+    """One sequence's part of a step. `sample`: draw a token from the slice's last row.
+
+    drafts: guesses that the slice's tokens end with. The row before them and each of theirs is sampled, as if
+    those before it were the sequence's; the slice asks for all of its rows.
+    """
 
     slice: SequenceSlice
     sample: SampleRequest | None
     prompt_logprobs: PromptLogprobs | None = None
+    drafts: Sequence[int] = ()
 
     @property
     def num_rows(self) -> int:
@@ -48,6 +53,8 @@ class Work:
 class WorkResult:
     sampled: SampleResult | None
     prompt_logprobs: list[TokenLogprobs]
+    after_drafts: Sequence[SampleResult] = ()
+    """What was sampled after each draft."""
 
 
 def compute(
@@ -69,15 +76,25 @@ def compute(
         prompt_logprobs.append(_prompt_logprobs(engine, work, logits_NV[row : row + work.num_rows]))
         row += work.num_rows
         if work.sample is not None:
-            wanted.append(work.sample)
-            sampled_rows.append(row - 1)
+            wanted += _sample_requests(work.sample, work.drafts)
+            sampled_rows += range(row - 1 - len(work.drafts), row)
     if len(sampled_rows) < row:  # else every row is sampled, as in a decode step: no copy
         logits_NV = logits_NV[sampled_rows]
     sampled = iter(engine.sampler.sample(logits_NV, wanted) if wanted else [])
     return [
-        WorkResult(None if work.sample is None else next(sampled), logprobs)
+        WorkResult(
+            None if work.sample is None else next(sampled), logprobs, [next(sampled) for _ in work.drafts]
+        )
         for work, logprobs in zip(works, prompt_logprobs, strict=True)
     ]
+
+
+def _sample_requests(first: SampleRequest, drafts: Sequence[int]) -> Iterator[SampleRequest]:
+    yield first
+    tokens = first.tokens
+    for draft in drafts:
+        tokens = [*tokens, draft]
+        yield replace(first, tokens=tokens)
 
 
 def slice_logits(*, final: bool, prompt_logprobs: int | None) -> Logits:

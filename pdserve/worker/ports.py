@@ -55,6 +55,9 @@ class RunnerPort(Protocol):
 
 
 class SamplerPort(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
     def sample(self, logits_NV: Tensor, requests: Sequence[SampleRequest], /) -> list[SampleResult]: ...
 
     def prompt_logprobs(

@@ -17,6 +17,7 @@ import torch
 from kvtransfer.protocol import PoolRegion
 from kvtransfer.service import TransferService
 from pdserve.core import messages
+from pdserve.core.config import CacheSettings
 from pdserve.core.errors import ConfigError, InvariantViolated
 from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.engine.build import build_engine
@@ -229,6 +230,21 @@ def load_engine(spec: WorkerSpec) -> EnginePort:
         device=spec.device,
         num_threads=spec.num_threads,
         workload=Workload.PREFILL if spec.role is messages.Role.PREFILL else Workload.ANY,
+    )
+
+
+def load_draft_engine(spec: WorkerSpec) -> EnginePort:
+    """The small model of speculative decoding, with a KV pool of its own. Raises as `load_engine`."""
+    settings = spec.config.speculative
+    if spec.draft_model_dir is None:
+        raise ConfigError(f"worker {spec.worker} was not told where the draft model {settings.model} is")
+    cache = spec.config.cache
+    return build_engine(
+        spec.draft_model_dir,
+        spec.config.model.model_copy(update={"max_model_len": None}),
+        CacheSettings(block_size=cache.block_size, memory_gib=settings.memory_gib),
+        device=spec.device,
+        num_threads=None,
     )
 
 

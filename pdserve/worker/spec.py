@@ -28,6 +28,8 @@ class WorkerSpec:
     """Compute threads; None leaves the choice to torch."""
     identity: str = ""
     """Of the deployment's settings: who takes this worker over must have the same."""
+    draft_model_dir: Path | None = None
+    """Of speculative decoding, where its method is a model."""
     core_share: CoreShare | None = None
     """How it lends and borrows cores; None: it does neither."""
 

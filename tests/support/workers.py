@@ -80,6 +80,7 @@ def pair_of_workers(
     make_engine: Callable[[Role], EnginePort],
     config: ServeConfig | None = None,
     backends: BackendFactory | None = None,
+    draft_engine: EnginePort | None = None,
 ) -> Iterator[Pair]:
     config = config or config_of()
     backends = backends or local_backends(LocalHub())
@@ -88,7 +89,10 @@ def pair_of_workers(
     )
     try:
         decode = start_decode_worker(
-            spec_of(Role.DECODE, folder, config), engine=make_engine(Role.DECODE), backend_factory=backends
+            spec_of(Role.DECODE, folder, config),
+            engine=make_engine(Role.DECODE),
+            draft_engine=draft_engine,
+            backend_factory=backends,
         )
         try:
             yield Pair(prefill, decode)

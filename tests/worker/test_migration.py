@@ -61,8 +61,12 @@ class System:
 
 
 @contextlib.asynccontextmanager
-async def system(folder: Path, *, decode: int = 2, num_blocks: int = 160) -> AsyncIterator[System]:
-    config = config_of(coordinator={"port": 0}, decode={"workers": decode, "max_num_batched_tokens": 16})
+async def system(
+    folder: Path, *, decode: int = 2, num_blocks: int = 160, **sections: dict[str, Any]
+) -> AsyncIterator[System]:
+    decoding = {"workers": decode, "max_num_batched_tokens": 16}
+    routing = {"port": 0, "local_prefill": "never"}
+    config = config_of(coordinator=routing, decode=decoding, **sections)
     model = ServedModel.from_dir(make_scripted_model(folder / "model"), name="scripted")
     coordinator = Coordinator(config, [model])
     endpoints = await coordinator.start()
@@ -187,6 +191,24 @@ async def test_a_drain_changes_no_token_and_reads_nothing_again(
         read = sum(count for step in running.engines["decode-1"].runner.steps for _, count in step)
         rows = sum(len(step) for step in running.engines["decode-1"].runner.steps)
         assert read == rows, "a decode worker computed more than one token of a sequence in a step"
+        await asyncio.to_thread(running.every_block_is_back)
+
+
+@scenario
+@pytest.mark.parametrize("params", [GREEDY, PENALISED], ids=["greedy", "penalised"])
+async def test_a_drain_changes_no_token_of_workers_that_guess(tmp_path: Path, params: dict[str, Any]) -> None:
+    guessing = {"method": "ngram", "adaptive": False, "prompt_lookup_min": 1, "num_speculative_tokens": 6}
+    async with system(tmp_path, speculative=guessing) as running:
+        streams = [Streaming(running, prompt_of(41, seed), logprobs=1, **params) for seed in range(4)]
+        for stream in streams:
+            await stream.reaches(8)
+        await running.drain("decode-0")
+        for stream in streams:
+            await stream.end()
+            stream.right(**params)
+            assert stream.num_logprobs == NUM_TOKENS
+        beats = [running.workers[f"decode-{index}"].snapshot() for index in range(2)]
+        assert all(sum(beat.proposed_at) > 0 for beat in beats)
         await asyncio.to_thread(running.every_block_is_back)
 
 
