@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from coordinator.fleet import Fleet
 from pdserve.core import metric_catalog as catalog
-from pdserve.core.messages import Heartbeat, Role, WorkerInfo
+from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.core.metric_catalog import Kind
 
 _BLOCK_STATES = ("free", "held", "cached", "quarantined")
@@ -113,9 +113,9 @@ def _of_heartbeat(beat: Heartbeat, name: str, role: str) -> Iterator[Sample]:
         ("io_error", tiers.io_errors),
     ):
         yield catalog.TIER_LOST, (name, why), count
-    if role == Role.DECODE.value:
-        yield catalog.DRAFTED, (name,), sum(beat.proposed_at)
-        yield catalog.ACCEPTED, (name,), sum(beat.accepted_at)
+    for position, (proposed, accepted) in enumerate(zip(beat.proposed_at, beat.accepted_at, strict=True)):
+        yield catalog.DRAFTED, (name, str(position)), proposed
+        yield catalog.ACCEPTED, (name, str(position)), accepted
     device = beat.device
     if device is not None:
         yield catalog.DEVICE_UTILISATION, own, device.utilisation

@@ -30,7 +30,7 @@ from pdserve.cluster.placement import Node, PlacementPlan, plan_placement
 from pdserve.cluster.ray_host import RayHost
 from pdserve.cluster.ray_session import RaySession, close_session, join_kept, open_session
 from pdserve.cluster.supervisor import Supervisor
-from pdserve.core.config import ServeConfig
+from pdserve.core.config import ServeConfig, SpeculativeMethod
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION
@@ -114,6 +114,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
     refuse_slow_allocator(environment)
     _require_free_port("coordinator.port (--port)", config.coordinator.host, config.coordinator.port)
     model_dir = await asyncio.to_thread(resolve_model, config, environment, report)
+    draft_model_dir = await asyncio.to_thread(resolve_draft_model, config, environment, report)
     served = ServedModel.from_dir(
         model_dir, name=config.model.served_model_name, max_model_len=config.model.max_model_len
     )
@@ -123,7 +124,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         stack.callback(close_session, session, grace_s=STOP_GRACE_S)
         report("ray", "Ray runs", 1.0)
         plan = plan_placement(config, session.nodes())
-        host = RayHost(session, plan, config, model_dir, _worker_progress(report), identity)
+        host = RayHost(session, plan, config, model_dir, _worker_progress(report), identity, draft_model_dir)
         await host.reserve()
         stack.callback(host.release)
         coordinator = Coordinator(config, [served])
@@ -167,11 +168,22 @@ async def try_ray(config: ServeConfig) -> list[Node]:
 
 def resolve_model(config: ServeConfig, environment: Environment, report: Report) -> Path:
     """The Hugging Face directory of the configured model, fetched and converted on first use."""
+    return _resolve(config.model.model, environment, report)
 
+
+def resolve_draft_model(config: ServeConfig, environment: Environment, report: Report) -> Path | None:
+    """That of the model that guesses in speculative decoding; None where none does."""
+    speculative = config.speculative
+    if speculative.method is not SpeculativeMethod.DRAFT_MODEL or speculative.model is None:
+        return None
+    return _resolve(speculative.model, environment, report)
+
+
+def _resolve(model: str, environment: Environment, report: Report) -> Path:
     def progress(fraction: float, text: str) -> None:
         report("model", text, fraction)
 
-    return store.resolve(config.model.model, progress, cache_dir=environment.cache_dir)
+    return store.resolve(model, progress, cache_dir=environment.cache_dir)
 
 
 def pull_model(name: str | None, report: Report) -> Path:

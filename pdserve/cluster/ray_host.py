@@ -66,8 +66,13 @@ class RayHost:
         model_dir: Path,
         on_progress: OnProgress,
         identity: str = "",
+        draft_model_dir: Path | None = None,
     ) -> None:
-        """identity: of the settings; workers that were started with the same ones can be taken over."""
+        """identity: of the settings; workers that were started with the same ones can be taken over.
+
+        draft_model_dir: of speculative decoding, where a model guesses.
+        """
+        self._draft_model_dir = draft_model_dir
         self._session, self._plan, self._config = session, plan, config
         self._identity = identity
         self._left: dict[WorkerId, Any] = {}
@@ -199,6 +204,7 @@ class RayHost:
             epoch=epoch,
             config=worker_config(self._config, self._plan),
             model_dir=self._model_dir,
+            draft_model_dir=self._draft_model_dir,
             identity=self._identity,
             listen=self._listen(slot, epoch),
             device="cuda:0" if self._plan.uses_gpus else "cpu",

@@ -332,9 +332,16 @@ TIER_LOST: Final = _counter(
     source=_W,
 )
 DRAFTED: Final = _counter(
-    "draft_tokens", "tokens", "Tokens proposed by speculative decoding", "worker", source=_W
+    "draft_tokens",
+    "tokens",
+    "Tokens proposed by speculative decoding; position: in the proposal, from 0",
+    "worker",
+    "position",
+    source=_W,
 )
-ACCEPTED: Final = _counter("draft_accepted_tokens", "tokens", "Of these, accepted", "worker", source=_W)
+ACCEPTED: Final = _counter(
+    "draft_accepted_tokens", "tokens", "Of these, accepted", "worker", "position", source=_W
+)
 DEVICE_UTILISATION: Final = _gauge(
     "device_utilisation_ratio",
     "ratio",
