@@ -93,6 +93,13 @@ class DrainWorker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UndrainWorker:
+    """An operator wants it used again."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientCancelled:
     request: RequestId
     reason: str
@@ -125,6 +132,7 @@ Event = (
     | WorkerDown
     | WorkerGone
     | DrainWorker
+    | UndrainWorker
     | ClientCancelled
     | StopMatched
     | Broken

@@ -30,6 +30,7 @@ from coordinator.events import (
     StopMatched,
     Submit,
     Tick,
+    UndrainWorker,
     WorkerDown,
     WorkerGone,
     WorkerJoined,
@@ -62,6 +63,7 @@ from pdserve.core.messages import (
     RoleChanged,
     Tokens,
     TransferDone,
+    Undrain,
     Up,
     WorkerInfo,
 )
@@ -144,6 +146,8 @@ class Registry:
                 return self._worker_gone(event, now)
             case DrainWorker():
                 return self._drain(event, now)
+            case UndrainWorker():
+                return self._undrain(event)
             case Tick():
                 return self._tick(now)
             case _:
@@ -294,6 +298,14 @@ class Registry:
         state.draining = state.drain_asked = True
         state.drain_until = now + timeout_s
         return [Send(worker=event.worker, message=Drain())]
+
+    def _undrain(self, event: UndrainWorker) -> list[Action]:
+        state = self.fleet.up(event.worker)
+        if state is None:
+            return []
+        # Until it has heard, it refuses as one that drains: its heartbeats say when it takes requests again.
+        state.drain_asked, state.drain_until = False, None
+        return [Send(worker=event.worker, message=Undrain())]
 
     def _worker_down(self, worker: WorkerId, epoch: int, why: str, now: float) -> list[Action]:
         state = self.fleet.up(worker, epoch)

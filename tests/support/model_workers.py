@@ -43,6 +43,7 @@ from pdserve.core.messages import (
     StartPrefill,
     Tokens,
     TransferDone,
+    Undrain,
     Up,
     WorkerInfo,
 )
@@ -174,6 +175,8 @@ class ModelDecode:
                 pass
             case Drain():
                 self.draining = True
+            case Undrain():
+                self.draining = False
             case Hello():
                 pass
             case StartPrefill():
@@ -355,7 +358,7 @@ class ModelPrefill:
                 self.peers.add((peer, epoch))
             case DropPeer(peer=peer, epoch=epoch):
                 self.peers.discard((peer, epoch))
-            case Hello() | Drain():
+            case Hello() | Drain() | Undrain():
                 pass
             case StartDecode() | RenewLease() | PushesSettled() | Migrate():
                 raise AssertionError(f"a prefill worker was sent {message}")
