@@ -6,10 +6,11 @@ Transports: what UCX picks on this host, TCP over loopback, and, for root, TCP b
 Per transport and block size, interleaved in every round:
 
     push      `--push-mib` in scattered blocks of a pool that fits no cache
+    kernel    the same blocks by `process_vm_writev`, with which UCX copies between processes of a host
     memcpy    the same blocks, within this process
     one       as many bytes from one block into one block, over and over, as ucx_perftest sends them
-    perftest  `ucp_put_bw` of UCX with messages of that size (Debian: ucx-utils), with its own version of UCX;
-              on one host it maps its own shared memory, a copy within the cache that pools cannot have
+    perftest  UCX's own test of the same transport, messages of that size from one buffer into one, with its
+              own version of UCX (Debian: ucx-utils): compare it with `one`
     digest    what a digest of the same blocks would take, as a share of the push's time
 
 then the time of a one-block push at the sender and until its note is an event at an idle receiver; and what
@@ -28,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path as File
 from typing import Final
 
 import numpy as np
@@ -38,8 +39,8 @@ import xxhash
 from benchmarks.environment import describe_environment
 from benchmarks.network_namespaces import DEVICE, available, two_namespaces
 from benchmarks.transfer_pair import BLOCK_BYTES, Pair, Transport, connected
-from benchmarks.transfer_tools import iperf3, ucx_perftest
-from kvtransfer.protocol import Outcome, PathInfo, PushEnded
+from benchmarks.transfer_tools import iperf3, ucx_perftest, write_into
+from kvtransfer.protocol import Outcome, Path, PathInfo, PushEnded
 
 IDLE_S: Final = 3.0
 SHORT_REQUESTS: Final = 100
@@ -65,6 +66,8 @@ class Row:
     block_kib: int
     push_gb_per_s: BestAndMedian
     """From the start of the transfer to its completion at the sender, note included."""
+    kernel_gb_per_s: BestAndMedian | None
+    """None where the bytes do not go that way."""
     memcpy_gb_per_s: BestAndMedian
     one_gb_per_s: BestAndMedian
     perftest_gb_per_s: BestAndMedian | None
@@ -121,9 +124,16 @@ def _measure_size(
     num_blocks, count = len(array) // size, max(1, push_bytes // size)
     target = np.ones_like(array)
     pushed, copied, digested, same, others, single = [], [], [], [], [], []
+    by_kernel = []
     for i in range(rounds + 1):
         src, dst = (rng.permutation(num_blocks)[:count].tolist() for _ in range(2))
         pushed.append(sender.push(3 * i, group, src, dst).seconds)
+        if pair.path.path is Path.SHM:
+            here, there = array.ctypes.data, pair.remote_pools[group]
+            spans = [(here + a * size, there + b * size, size) for a, b in zip(src, dst, strict=True)]
+            began = time.perf_counter()
+            write_into(pair.receiver_pid, spans)
+            by_kernel.append(time.perf_counter() - began)
         began = time.perf_counter()
         for a, b in zip(src, dst, strict=True):
             target[b * size : (b + 1) * size] = array[a * size : (a + 1) * size]
@@ -135,7 +145,9 @@ def _measure_size(
         digested.append(time.perf_counter() - began)
         same.append(sender.push(3 * i + 1, group, [0] * count, [1] * count).seconds)
         if i < args.perftest_rounds:
-            found = ucx_perftest(args.ucx_perftest, size, 4 * push_bytes, transport.ucx, transport.namespaces)
+            found = ucx_perftest(
+                args.ucx_perftest, size, 4 * push_bytes, transport.ucx, transport.namespaces, pair.path.path
+            )
             others += [] if found is None else [found]
     pair.take_notes()
     for i in range(4 * rounds):
@@ -148,6 +160,7 @@ def _measure_size(
         path=pair.path.path,
         block_kib=size >> 10,
         push_gb_per_s=_rate(moved, pushed[1:]),
+        kernel_gb_per_s=_rate(moved, by_kernel[1:]) if by_kernel else None,
         memcpy_gb_per_s=_rate(moved, copied[1:]),
         one_gb_per_s=_rate(moved, same[1:]),
         perftest_gb_per_s=BestAndMedian(max(others), statistics.median(others)) if others else None,
@@ -207,12 +220,14 @@ def _idle_share(pid: int) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        "| transport | path | block KiB | push GB/s | memcpy GB/s | one block over and over GB/s "
-        "| ucx_perftest GB/s | digest / push | one block us | block + note us |",
-        "|" + "---|" * 10,
+        "| transport | path | block KiB | push GB/s | kernel GB/s | memcpy GB/s "
+        "| one block over and over GB/s | ucx_perftest GB/s "
+        "| digest / push | one block us | block + note us |",
+        "|" + "---|" * 11,
     ]
     lines += [
-        f"| {r.transport} | {r.path} | {r.block_kib} | {r.push_gb_per_s} | {r.memcpy_gb_per_s} "
+        f"| {r.transport} | {r.path} | {r.block_kib} | {r.push_gb_per_s} "
+        f"| {r.kernel_gb_per_s or '-'} | {r.memcpy_gb_per_s} "
         f"| {r.one_gb_per_s} | {r.perftest_gb_per_s or '-'} | {r.digest_share} "
         f"| {r.one_block_us} | {r.note_us} |"
         for r in rows
@@ -251,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--output", type=File, help="where to write the figures as JSON")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--push-mib", type=int, default=32, help="bytes of one push")
     parser.add_argument("--pool-mib", type=int, default=64, help="bytes of one pool")

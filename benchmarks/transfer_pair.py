@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.network_namespaces import enter
 from kvtransfer.factory import make_backend
+from kvtransfer.metadata import decode_metadata
 from kvtransfer.protocol import (
     NoteArrived,
     Outcome,
@@ -148,6 +149,8 @@ class Pair:
     pipe: Connection
     receiver_pid: int
     path: PathInfo
+    remote_pools: tuple[int, ...]
+    """Where the receiver's pools begin, in its memory."""
 
     def take_notes(self) -> list[float]:
         """Seconds from submit to arrival of each note since the last call."""
@@ -165,12 +168,14 @@ def connected(transport: Transport, pool_bytes: int, verify: Verify = Verify.OFF
     process.start()
     enter(None if transport.namespaces is None else transport.namespaces[0])
     sender = Side("sender", pool_bytes, transport.ucx, verify)
-    sender.service.connect(WorkerId("receiver"), 1, sender.fingerprint, pipe.recv())
+    metadata = pipe.recv()
+    sender.service.connect(WorkerId("receiver"), 1, sender.fingerprint, metadata)
     met = sender.wait()
     if not isinstance(met, PeerConnected):
         raise RuntimeError(met.error if isinstance(met, PeerFailed) else str(met))
     assert process.pid is not None
-    yield Pair(sender, pipe, process.pid, met.path)
+    remote = tuple(pool.address for pool in decode_metadata(metadata).pools)
+    yield Pair(sender, pipe, process.pid, met.path, remote)
     pipe.send("stop")
     sender.service.stop()
     sender.service.join(WAIT_S)

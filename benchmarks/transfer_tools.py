@@ -1,7 +1,8 @@
-"""What others reach over the same link in the same run: UCX's own ucx_perftest, and iperf3."""
+"""What others reach over the same link in the same run: the kernel's own copy, ucx_perftest and iperf3."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -12,23 +13,66 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from benchmarks.network_namespaces import ADDRESSES, within
+from kvtransfer.protocol import Path
 
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+_IOV_MAX: Final = 1024
 _PORT: Final = 13417
 _START_S: Final = 0.5
 _TIMEOUT_S: Final = 60.0
 
 
+def write_into(pid: int, spans: Sequence[tuple[int, int, int]]) -> None:
+    """`process_vm_writev`: copy (address here, address there, length) into another process of this user.
+
+    What UCX does over shared memory where the pools are each process's own, without anything around it.
+    Raises OSError.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.process_vm_writev.restype = ctypes.c_ssize_t
+    for begin in range(0, len(spans), _IOV_MAX):
+        part = spans[begin : begin + _IOV_MAX]
+        count = len(part)
+        here = (_IoVec * count)(*((src, length) for src, _, length in part))
+        there = (_IoVec * count)(*((dst, length) for _, dst, length in part))
+        wanted = sum(length for _, _, length in part)
+        args = (
+            ctypes.c_int(pid),
+            here,
+            ctypes.c_ulong(count),
+            there,
+            ctypes.c_ulong(count),
+            ctypes.c_ulong(0),
+        )
+        if libc.process_vm_writev(*args) != wanted:
+            raise OSError(ctypes.get_errno(), "process_vm_writev copied a part")
+
+
 def ucx_perftest(
-    program: str, size: int, total_bytes: int, ucx: Mapping[str, str], namespaces: tuple[str, str] | None
+    program: str,
+    size: int,
+    total_bytes: int,
+    ucx: Mapping[str, str],
+    namespaces: tuple[str, str] | None,
+    path: Path,
 ) -> float | None:
-    """GB/s of `ucp_put_bw`, messages of `size` bytes from one buffer into one. None: not installed."""
+    """GB/s of messages of `size` bytes from one buffer into one, over the transport that pushes take.
+
+    Over shared memory that is `cma` (UCX would pick memory of its own that both sides map, which pools are
+    not), elsewhere what UCX picks. None: not installed.
+    """
     if shutil.which(program) is None:
         return None
     env = {**os.environ, **{f"UCX_{key}": value for key, value in ucx.items()}}
     sides = [[], []] if namespaces is None else [within(name) for name in namespaces]
     host = "127.0.0.1" if namespaces is None else ADDRESSES[1]
     rounds = str(max(total_bytes // size, 100))
-    test = ["-t", "ucp_put_bw", "-s", str(size), "-n", rounds, "-w", "20", "-f"]
+    which = ["put_bw", "-d", "memory", "-x", "cma", "-D", "zcopy"] if path is Path.SHM else ["ucp_put_bw"]
+    test = ["-t", *which, "-s", str(size), "-n", rounds, "-w", "20", "-f"]
     server = _start([*sides[1], program, "-p", str(_PORT)], env)
     try:
         time.sleep(_START_S)  # it says nothing when it is ready
