@@ -38,6 +38,8 @@ from pdserve.core.messages import (
     KvArrived,
     Message,
     Migrate,
+    Preempt,
+    Preempted,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
@@ -178,6 +180,8 @@ class DecodeScheduler:
                 return self._departures.start(owner, message, self._runs.get(message.attempt), now)
             case Cancel():
                 return self._cancel(owner, message.attempt, now)
+            case Preempt():
+                return self._preempt(owner, message.attempt, now)
             case PushesSettled():
                 if self._reception.may_settle(owner, message.attempt):
                     return self._settled(message.attempt, now)
@@ -213,6 +217,15 @@ class DecodeScheduler:
         if self._reception.quarantines(attempt):
             return []
         return [Send(owner, PushesSettled(attempt=attempt))]
+
+    def _preempt(self, owner: OwnerId, attempt: AttemptId, now: float) -> list[Action]:
+        """Give a request up for a more urgent one; its full blocks stay cached while there is room."""
+        run = self._runs.get(attempt)
+        if run is None or run.owner != owner or run.leaving or run.stage is Stage.RECEIVING:
+            return []
+        self._batch.num_preemptions += 1
+        # Said first: it is the last word of the attempt.
+        return [Send(owner, Preempted(attempt=attempt)), *self._end(run, now)]
 
     def _owner_lost(self, owner: OwnerId, now: float) -> list[Action]:
         """Its requests end. Who else is there may find out when blocks it left in quarantine are safe."""

@@ -102,6 +102,8 @@ def fleet_of(*names: str) -> Fleet:
             steps=7,
             tokens_computed=70,
             busy_s=0.7,
+            proposed_at=[3, 2],
+            accepted_at=[2, 1],
             device=DeviceUsage(utilisation=0.5, memory_used_bytes=1, memory_total_bytes=2, power_w=300.0),
         )
         state.heard(beat)

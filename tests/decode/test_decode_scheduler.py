@@ -25,6 +25,8 @@ from pdserve.core.messages import (
     Handover,
     KvArrived,
     Message,
+    Preempt,
+    Preempted,
     PushesSettled,
     PushNote,
     RefusalReason,
@@ -434,3 +436,45 @@ def test_the_ids_of_reserved_blocks_are_those_the_prefill_worker_writes() -> Non
     assert isinstance(reserved, Reserved)
     assert len(set(reserved.blocks)) == 3
     assert all(isinstance(block, int) and BlockId(block) in range(32) for block in reserved.blocks)
+
+
+def test_a_request_that_is_preempted_by_its_coordinator_gives_its_blocks_back_and_says_so_last() -> None:
+    bench = Bench()
+    attempt, other = bench.start("r", 9), bench.start("s", 5)
+    bench.land(attempt, 9)
+    bench.step()
+    streamed = bench.count(Tokens)
+    bench.tell(Preempt(attempt=attempt))
+    assert bench.last(Preempted) == Preempted(attempt=attempt)
+    assert bench.sent[-1] == Preempted(attempt=attempt)
+    assert bench.count(Tokens) == streamed == 2
+    assert bench.step() == []
+    assert bench.scheduler.heartbeat().preemptions == 1
+    # The tokens so far come back as a new attempt, whose full blocks are still here.
+    assert bench.blocks[2] == 2
+    bench.tell(Cancel(attempt=other, reason="test"))
+    bench.tell(PushesSettled(attempt=other))
+    assert bench.blocks[1] == bench.blocks[3] == 0
+
+
+def test_preemption_leaves_alone_what_does_not_run_here_or_waits_for_pushes() -> None:
+    bench = Bench()
+    waiting, running = bench.start("w", 9), bench.start("r", 9)
+    bench.land(running, 9)
+    bench.tell(Preempt(attempt=waiting))
+    bench.tell(Preempt(attempt=AttemptId(RequestId("nobody"), 0)))
+    bench.tell(Preempt(attempt=running), owner=OwnerId(2))
+    assert bench.count(Preempted) == 0
+    assert bench.step() == [("r", 9, 10)]
+
+
+def test_the_least_urgent_gives_way_first_by_priority_and_then_by_arrival() -> None:
+    bench = Bench(num_blocks=12, max_num_seqs=4)
+    for name, priority, arrival in (("batch", 10, 0.0), ("old", 0, 1.0), ("young", 0, 2.0)):
+        bench.land(bench.start(name, 7, max_tokens=20, priority=priority, arrival=arrival), 7)
+    order: list[str] = []
+    for _ in range(18):
+        running = {name for name, *_ in bench.step()}
+        order += [name for name in ("batch", "old", "young") if name not in running and name not in order]
+    assert order[0] == "batch"
+    assert "old" not in order[:2]
