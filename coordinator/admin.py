@@ -8,11 +8,12 @@ from typing import Final
 import grpc
 
 from coordinator.dispatcher import Dispatcher
-from coordinator.events import DrainWorker
+from coordinator.events import DrainWorker, UndrainWorker
+from coordinator.explain import explanation
 from coordinator.fleet import WorkerState
 from coordinator.wire import status_of
-from pdserve.core.errors import InvalidRequest, PdServeError, WorkerLost
-from pdserve.core.ids import WorkerId
+from pdserve.core.errors import InvalidRequest, PdServeError, RequestNotFound, WorkerLost
+from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.proto.pdserve.v1 import admin_pb2 as pb
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Admin"].full_name
@@ -29,7 +30,27 @@ class Admin:
         drain = grpc.unary_stream_rpc_method_handler(
             self.drain, pb.DrainRequest.FromString, pb.DrainStatus.SerializeToString
         )
-        return grpc.method_handlers_generic_handler(SERVICE, {"Drain": drain})
+        explain = grpc.unary_unary_rpc_method_handler(
+            self.explain, pb.ExplainRequest.FromString, pb.Explanation.SerializeToString
+        )
+        undrain = grpc.unary_unary_rpc_method_handler(
+            self.undrain, pb.UndrainRequest.FromString, pb.UndrainResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {"Drain": drain, "Undrain": undrain, "Explain": explain}
+        )
+
+    async def explain(
+        self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext[pb.ExplainRequest, pb.Explanation]
+    ) -> pb.Explanation:
+        registry = self._dispatcher.registry
+        found = registry.story(RequestId(request.request) if request.request else None)
+        if found is None:
+            code, details, metadata = status_of(RequestNotFound(request.request, registry.num_remembered))
+            await context.abort(code, details, metadata)
+        story, decisions = found
+        running = registry.current_attempt(story.request.id)
+        return explanation(story, decisions, running, now=self._dispatcher.now())
 
     async def drain(self, request: pb.DrainRequest, context: Context) -> None:
         try:
@@ -37,6 +58,19 @@ class Admin:
         except PdServeError as error:
             code, details, metadata = status_of(error)
             await context.abort(code, details, metadata)
+
+    async def undrain(
+        self,
+        request: pb.UndrainRequest,
+        context: grpc.aio.ServicerContext[pb.UndrainRequest, pb.UndrainResponse],
+    ) -> pb.UndrainResponse:
+        try:
+            state = self._find(request.worker)
+            self._dispatcher.handle(UndrainWorker(worker=state.id))
+        except PdServeError as error:
+            code, details, metadata = status_of(error)
+            await context.abort(code, details, metadata)
+        return pb.UndrainResponse()
 
     async def _drain(self, request: pb.DrainRequest, context: Context) -> None:
         state = self._find(request.worker)

@@ -51,6 +51,11 @@ def admitted(book: Book, flight: Flight, now: float) -> None:
     """It counts as its tenant's from now on, and has only so long to begin."""
     request = flight.request
     flight.charged = book.cost(request)
+    flight.note(
+        now,
+        f"admitted: about {flight.charged:.0f} tokens; {book.num_waiting} waiting, "
+        f"{len(book.flights) - 1} others in all",
+    )
     book.tenants.admitted(request.tenant, tokens=flight.charged, now=now)
     ttl_s = request.queue_ttl_s or book.settings.queue_ttl_s
     if ttl_s is not None:

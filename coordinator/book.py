@@ -13,6 +13,7 @@ from coordinator.flight import Attempt, Flight
 from coordinator.pushes import PushLedger
 from coordinator.router import Router
 from coordinator.sla import Goal
+from coordinator.stories import Stories
 from coordinator.tenants import Tenants
 from coordinator.waiting import WaitingQueue
 from pdserve.core.config import Admission, TenantSettings
@@ -45,6 +46,8 @@ class RegistrySettings:
     """A request that has waited this long without having begun is refused. None: at its deadline."""
     preemption: bool = True
     max_preemptions: int = 3
+    explain_last: int = 1024
+    """How many requests are remembered for who asks later."""
     no_workers_wait_s: float = 30.0
     """How long a request waits for a decode worker to appear (again) while there is none."""
     drain_timeout_s: float = 120.0
@@ -78,6 +81,7 @@ class Book:
     releases: int = 0
     """How often a place may have become free."""
     tenants: Tenants = field(init=False)
+    stories: Stories = field(init=False)
     _answers: dict[str, float] = field(default_factory=dict)
     """By model: mean length of the answers of late."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
@@ -86,6 +90,8 @@ class Book:
 
     def __post_init__(self) -> None:
         self.tenants = Tenants(self.settings.tenants)
+        self.stories = Stories(self.settings.explain_last)
+        self.decisions = DecisionLog(max(self.settings.explain_last, 1))
 
     @property
     def num_waiting(self) -> int:
@@ -103,6 +109,8 @@ class Book:
 
     def hold(self, flight: Flight, now: float) -> None:
         """Its place would cost others their targets: look again soon, or when something has ended."""
+        if flight.request.model not in self.held or self.held[flight.request.model].request != flight.id:
+            flight.note(now, "waits: answers that run would miss their TPOT targets, or it its own")
         self.held[flight.request.model] = Held(flight.id, now + _HOLD_S, self.releases)
 
     def is_held(self, flight: Flight, now: float) -> bool:
@@ -136,6 +144,8 @@ class Book:
 
     def decided(self, flight: Flight, placement: Placement, goal: Goal, now: float) -> None:
         """Keep why, for who asks later."""
+        if flight.story is not None:
+            flight.story.placed(self.fleet, placement, flight.num_tokens, goal)
         self.decisions.add(
             Decision(
                 request=flight.id,

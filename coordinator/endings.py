@@ -63,6 +63,7 @@ def attempt_failed(
         actions += _introduce_again(book, attempt)
     if not retryable or flight.attempts >= book.settings.max_attempts:
         return actions + end(book, flight, Phase.FAILED, error, now)
+    flight.note(now, f"attempt {flight.record.attempt} failed: {error}")
     flight.failed_on.update(worker for worker in blame if worker is not None)
     flight.retries += 1
     _requeue(book, flight, now)
@@ -73,6 +74,7 @@ def start_over(
     book: Book, flight: Flight, why: str, now: float, *, reporter: WorkerId | None = None
 ) -> list[Action]:
     """Nothing failed: the request shall go on elsewhere, where its tokens so far are read again."""
+    flight.note(now, why)
     actions = withdraw(book, flight, why, now, reporter=reporter)
     _requeue(book, flight, now)
     return actions
@@ -194,6 +196,8 @@ def end(
     if phase is not Phase.REJECTED:  # which had no place to leave
         book.count_end(now)
     book.settle(flight, now)
+    if flight.story is not None:
+        flight.story.report, flight.story.outcome = report, outcome
     return [End(request=flight.id, outcome=outcome, report=report)]
 
 

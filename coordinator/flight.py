@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 from coordinator.account import Leg, Marks
 from coordinator.breakdown import after_first_token, before_first_token, longest
+from coordinator.decisions import Placement
 from coordinator.events import NewRequest
 from coordinator.report import Report
-from coordinator.decisions import Placement
 from coordinator.sla import Forecast, Goal
+from coordinator.stories import Story
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase, RequestRecord
 from pdserve.core.messages import FinishReason, PrefillDone, RequestSpec, TransferDone
@@ -65,6 +66,8 @@ class Flight:
     legs: list[Leg] = field(default_factory=list)
     """Of the attempts that have ended."""
     preemptions: int = 0
+    story: Story | None = None
+    """What is kept for who asks later. None: nothing is."""
     tag: float | None = None
     """Its turn among the tenants of its priority; the same when it comes back to the queue."""
     charged: float | None = None
@@ -86,6 +89,11 @@ class Flight:
     @property
     def id(self) -> RequestId:
         return self.request.id
+
+    def note(self, at: float, text: str) -> None:
+        """For who asks later what happened to it."""
+        if self.story is not None:
+            self.story.note(at, text)
 
     @property
     def attempts(self) -> int:
@@ -150,6 +158,8 @@ class Flight:
 
     def add_output(self, tokens: list[int], now: float) -> None:
         self.output.extend(tokens)
+        if self.story is not None:
+            self.story.output(now, len(tokens))
         if self.first_token_at is None:
             self.first_token_at = now
         self.last_token_at = now

@@ -17,11 +17,11 @@ from typing import Final
 from coordinator import endings, progress
 from coordinator.account import Marks, close_leg
 from coordinator.book import Book
+from coordinator.decisions import Choice, Placement
 from coordinator.events import Action, Send
 from coordinator.failures import failure_of
 from coordinator.fleet import WorkerState
 from coordinator.flight import Attempt, Flight
-from coordinator.decisions import Choice, Placement
 from pdserve.core.ids import WorkerId
 from pdserve.core.lifecycle import Phase
 from pdserve.core.messages import (

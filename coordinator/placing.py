@@ -148,6 +148,7 @@ def refused(book: Book, flight: Flight, attempt: Attempt, message: Refused, now:
         return endings.attempt_failed(
             book, flight, error, now, retryable=True, reporter=attempt.decode, blame=(attempt.prefill,)
         )
+    flight.note(now, f"{attempt.decode} refused it: {message.reason.value} {message.detail}".rstrip())
     book.release(attempt)
     no_blocks = message.reason is RefusalReason.NO_BLOCKS
     if isinstance(error, InvalidRequest) or (no_blocks and _will_never_fit(book, flight, decode)):

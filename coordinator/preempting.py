@@ -48,6 +48,8 @@ def make_room(book: Book, queue: WaitingQueue, now: float) -> list[Action]:
         flight.room_check_at = now + ASK_AGAIN_S
         for victim in _victims(book, flight, now):
             victim.asked_to_go_at = now
+            victim.note(now, f"asked to give way to {flight.id}")
+            flight.note(now, f"waits for {victim.id} to give way")
             attempt = victim.attempt
             assert attempt is not None
             actions.append(Send(worker=attempt.decode, message=Preempt(attempt=attempt.id)))

@@ -13,11 +13,13 @@ taken back by `Cancel`, and the decode worker hears `PushesSettled` once no writ
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from typing import Final, assert_never
 
 from coordinator import admission, endings, moving, orphans, placing, preempting, progress
 from coordinator.book import Book, RegistrySettings
+from coordinator.decisions import Decision
 from coordinator.events import (
     Action,
     Broken,
@@ -40,6 +42,7 @@ from coordinator.fleet import Fleet, WorkerState
 from coordinator.flight import Attempt, Flight
 from coordinator.latency import LatencyModel
 from coordinator.router import Router
+from coordinator.stories import Story
 from pdserve.core.errors import DeadlineExceeded, NoWorkers, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.lifecycle import Phase, RequestRecord
@@ -96,6 +99,20 @@ class Registry:
     def num_unsettled(self) -> int:
         """Attempts that may still have writes in flight, also of requests that have ended."""
         return len(self._book.pushes)
+
+    def story(self, request: RequestId | None) -> tuple[Story, tuple[Decision, ...]] | None:
+        """What happened to one of the last requests, and the decisions about it; None: the last that came."""
+        book = self._book
+        story = book.stories.last() if request is None else book.stories.get(request)
+        return None if story is None else (story, book.decisions.of(story.request.id))
+
+    @property
+    def num_remembered(self) -> int:
+        return len(self._book.stories)
+
+    def current_attempt(self, request: RequestId) -> Attempt | None:
+        flight = self._book.flights.get(request)
+        return None if flight is None else flight.attempt
 
     def is_active(self, request: RequestId) -> bool:
         return request in self._book.flights
@@ -181,6 +198,14 @@ class Registry:
         self._order += 1
         record = RequestRecord(id=request.id, created=request.arrived, attempt=request.first_epoch)
         flight = Flight(request=request, record=record, order=self._order)
+        flight.story = self._book.stories.begin(
+            Story(
+                request=dataclasses.replace(request, tokens=[]),
+                prompt_tokens=len(request.tokens),
+                history=record.history,
+                legs=flight.legs,
+            )
+        )
         self._book.flights[request.id] = flight
         heapq.heappush(self._deadlines, (request.deadline, self._order, request.id))
         return flight

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -55,7 +56,11 @@ class Coordinator:
     blocks it may still write to until `remove_worker` says that its process has ended.
     """
 
-    def __init__(self, config: ServeConfig, models: Sequence[ServedModel]) -> None:
+    def __init__(
+        self, config: ServeConfig, models: Sequence[ServedModel], *, ray_targets: Path | None = None
+    ) -> None:
+        """ray_targets: where Ray says which of its nodes export metrics, for Prometheus."""
+        self._ray_targets = ray_targets
         if not models:
             raise ConfigError("a coordinator needs at least one model")
         names = [model.name for model in models]
@@ -89,7 +94,7 @@ class Coordinator:
         )
         gateway = Gateway(dispatcher, models, _gateway_settings(settings), self._metrics, self._tokenisers)
         server, port = _listen(settings, gateway, Admin(dispatcher), self._health)
-        metrics_server = _serve_metrics(settings, self._metrics)
+        metrics_server = _serve_metrics(settings, self._metrics, self._ray_targets)
         self._running = _Running(dispatcher, server, metrics_server)
         await server.start()
         await self._update_health()
@@ -212,6 +217,7 @@ def _registry_settings(config: ServeConfig) -> RegistrySettings:
         queue_ttl_s=config.coordinator.queue_ttl_s,
         preemption=config.coordinator.preemption,
         max_preemptions=config.coordinator.max_preemptions,
+        explain_last=config.coordinator.explain_last,
         lease_s=config.transfer.lease_s,
         transfer_deadline_s=config.transfer.deadline_s,
         drain_timeout_s=config.coordinator.drain_timeout_s,
@@ -254,9 +260,11 @@ def _listen(
         raise ConfigError(f"coordinator.port: cannot listen on {where}; choose another (0: any)") from error
 
 
-def _serve_metrics(settings: CoordinatorSettings, metrics: Metrics) -> MetricsServer:
+def _serve_metrics(
+    settings: CoordinatorSettings, metrics: Metrics, ray_targets: Path | None
+) -> MetricsServer:
     try:
-        return MetricsServer(metrics.registry, settings.host, settings.metrics_port)
+        return MetricsServer(metrics.registry, settings.host, settings.metrics_port, ray_targets)
     except OSError as error:
         where = f"{settings.host}:{settings.metrics_port}"
         raise ConfigError(f"coordinator.metrics_port: cannot listen on {where}: {error.strerror}") from error

@@ -19,7 +19,8 @@ from pdserve.cli.configuration import config_app
 from pdserve.cli.console import ERR, fail
 from pdserve.cli.demo import demo
 from pdserve.cli.doctor import doctor
-from pdserve.cli.drain import drain
+from pdserve.cli.drain import drain, undrain
+from pdserve.cli.explain import explain
 from pdserve.cli.generate import generate
 from pdserve.cli.models import models_app
 from pdserve.cli.serve import serve
@@ -47,6 +48,8 @@ app.command()(generate)
 app.command()(demo)
 app.command()(doctor)
 app.command()(drain)
+app.command()(undrain)
+app.command()(explain)
 app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")

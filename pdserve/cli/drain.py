@@ -1,4 +1,4 @@
-"""`pdserve drain`: take a worker out of use without losing a request."""
+"""`pdserve drain` and `pdserve undrain`: take a worker out of use without losing a request, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.markup import escape
 from pdserve.cli.console import ERR
 from pdserve.cli.generate import DEFAULT_ADDRESS
 from pdserve.client.admin import drain as drain_worker
+from pdserve.client.admin import undrain as undrain_worker
 
 
 def drain(
@@ -30,3 +31,14 @@ def drain(
         for progress in drain_worker(address, worker, timeout_s=timeout):
             status.update(f"draining {escape(worker)}: {progress.requests_left} requests left")
     ERR.print(f"{escape(worker)} is drained")
+
+
+def undrain(
+    worker: Annotated[str, typer.Argument(help="Its name, such as decode-0.")],
+    address: Annotated[
+        str, typer.Option("--address", "-a", help="host:port of the service.")
+    ] = DEFAULT_ADDRESS,
+) -> None:
+    """Put a drained worker back into use."""
+    undrain_worker(address, worker)
+    ERR.print(f"{escape(worker)} takes requests again")

@@ -1,4 +1,4 @@
-"""What operators ask of a running service."""
+"""What operators ask of a running service: draining a worker, and why a request went as it did."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ class DrainStatus:
     """Nothing of any request is left there."""
 
 
+def undrain(address: str, worker: str) -> None:
+    """Put a drained worker back into use. Raises `InvalidRequest` for one that is not there, ..."""
+    with grpc.insecure_channel(target_of(address), options=OPTIONS) as channel:
+        call = channel.unary_unary(
+            f"{_SERVICE}Undrain", pb.UndrainRequest.SerializeToString, pb.UndrainResponse.FromString
+        )
+        try:
+            call(pb.UndrainRequest(worker=worker))
+        except grpc.RpcError as error:
+            raise error_from(error.code(), error.details() or "", error.trailing_metadata() or ()) from error
+
+
 def drain(address: str, worker: str, *, timeout_s: float | None = None) -> Iterator[DrainStatus]:
     """Take a worker out of use; yields how much is left whenever that changes, until nothing is.
 
@@ -40,3 +52,21 @@ def drain(address: str, worker: str, *, timeout_s: float | None = None) -> Itera
             raise error_from(call.code(), call.details() or "", metadata) from error
         finally:
             call.cancel()  # type: ignore[no-untyped-call]  # the stubs leave its type out
+
+
+def explain(address: str, request: str = "", *, timeout_s: float = 10.0) -> pb.Explanation:
+    """The story of a request: decisions with their candidates and predictions, attempts, phases, outputs.
+
+    request: its id, or empty for the last one that arrived. The fields are described in admin.proto. Raises a
+    `PdServeError`: `RequestNotFound` for one that is not remembered, ...
+    """
+    with grpc.insecure_channel(target_of(address), options=OPTIONS) as channel:
+        method = channel.unary_unary(
+            f"{_SERVICE}Explain", pb.ExplainRequest.SerializeToString, pb.Explanation.FromString
+        )
+        call = method.future(pb.ExplainRequest(request=request), timeout=timeout_s)
+        try:
+            story: pb.Explanation = call.result()
+        except grpc.RpcError as error:
+            raise error_from(call.code(), call.details() or "", call.trailing_metadata() or ()) from error
+        return story

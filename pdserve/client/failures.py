@@ -25,6 +25,7 @@ _BY_NAME: Final[dict[str, type[PdServeError]]] = {
     "InvalidRequest": errors.InvalidRequest,
     "PromptTooLong": errors.PromptTooLong,
     "ModelNotFound": errors.ModelNotFound,
+    "RequestNotFound": errors.RequestNotFound,
     "Overloaded": errors.Overloaded,
     "BlockPoolExhausted": errors.Overloaded,
     "NoWorkers": errors.NoWorkers,

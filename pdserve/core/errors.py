@@ -4,6 +4,7 @@ PdServeError
 ├── InvalidRequest            a field of a request is wrong: names field, value, limit   INVALID_ARGUMENT
 │   └── PromptTooLong         prompt (+ output) does not fit the context                 INVALID_ARGUMENT
 ├── ModelNotFound             no such model is served, or no such model name              NOT_FOUND
+├── RequestNotFound           nothing is remembered of a request                         NOT_FOUND
 ├── Overloaded                refused early, with a retry hint                           RESOURCE_EXHAUSTED
 │   └── BlockPoolExhausted    wanted n blocks, m free                                    RESOURCE_EXHAUSTED
 ├── NoWorkers                 no live worker of a role                                   UNAVAILABLE
@@ -80,6 +81,17 @@ class ModelNotFound(PdServeError):
     def __init__(self, model: str, known: Sequence[str]) -> None:
         self.model, self.known = model, tuple(known)
         super().__init__(f"model {model!r} is not here; known: {', '.join(sorted(known)) or 'none'}")
+
+
+class RequestNotFound(PdServeError):
+    code = ErrorCode.NOT_FOUND
+
+    def __init__(self, request: str, remembered: int) -> None:
+        super().__init__(
+            f"nothing is known of request {request!r}; the last {remembered} are remembered"
+            if request
+            else "there has been no request yet, or none is remembered (coordinator.explain_last)"
+        )
 
 
 class Overloaded(PdServeError):

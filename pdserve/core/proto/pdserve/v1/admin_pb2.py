@@ -22,19 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from pdserve.core.proto.pdserve.v1 import generation_pb2 as pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)pdserve/core/proto/pdserve/v1/admin.proto\x12\npdserve.v1\"D\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"5\n\x0b\x44rainStatus\x12\x15\n\rrequests_left\x18\x01 \x01(\x05\x12\x0f\n\x07\x64rained\x18\x02 \x01(\x08\x32\x45\n\x05\x41\x64min\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x17.pdserve.v1.DrainStatus0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)pdserve/core/proto/pdserve/v1/admin.proto\x12\npdserve.v1\x1a.pdserve/core/proto/pdserve/v1/generation.proto\"D\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"5\n\x0b\x44rainStatus\x12\x15\n\rrequests_left\x18\x01 \x01(\x05\x12\x0f\n\x07\x64rained\x18\x02 \x01(\x08\" \n\x0eUndrainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"\x11\n\x0fUndrainResponse\"!\n\x0e\x45xplainRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\"\xe1\x04\n\x0b\x45xplanation\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x11\n\tsla_class\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0f\n\x07\x61rrival\x18\x06 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12\x12\n\nmax_tokens\x18\x08 \x01(\x05\x12\x15\n\routput_tokens\x18\t \x01(\x05\x12\x1a\n\rttft_target_s\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rtpot_target_s\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12\x12\n\ndeadline_s\x18\x0c \x01(\x01\x12\x0f\n\x07outcome\x18\r \x01(\t\x12\r\n\x05\x65rror\x18\x0e \x01(\t\x12&\n\x05notes\x18\x0f \x03(\x0b\x32\x17.pdserve.v1.ExplainNote\x12.\n\tdecisions\x18\x10 \x03(\x0b\x32\x1b.pdserve.v1.ExplainDecision\x12(\n\x06phases\x18\x11 \x03(\x0b\x32\x18.pdserve.v1.ExplainPhase\x12,\n\x08\x61ttempts\x18\x12 \x03(\x0b\x32\x1a.pdserve.v1.ExplainAttempt\x12*\n\x07outputs\x18\x13 \x03(\x0b\x32\x19.pdserve.v1.ExplainOutput\x12\x18\n\x10outputs_left_out\x18\x14 \x01(\x05\x12$\n\x07timings\x18\x15 \x01(\x0b\x32\x13.pdserve.v1.TimingsB\x10\n\x0e_ttft_target_sB\x10\n\x0e_tpot_target_s\")\n\x0b\x45xplainNote\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x8d\x02\n\x0f\x45xplainDecision\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x0e\n\x06tokens\x18\x04 \x01(\x05\x12)\n\x06\x64\x65\x63ode\x18\x05 \x01(\x0b\x32\x19.pdserve.v1.ExplainChoice\x12*\n\x07prefill\x18\x06 \x01(\x0b\x32\x19.pdserve.v1.ExplainChoice\x12(\n\x06routes\x18\x07 \x03(\x0b\x32\x18.pdserve.v1.ExplainRoute\x12-\n\x08rejected\x18\x08 \x03(\x0b\x32\x1b.pdserve.v1.ExplainRejected\x12\x0b\n\x03why\x18\t \x01(\t\"~\n\rExplainChoice\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x30\n\ncandidates\x18\x03 \x03(\x0b\x32\x1c.pdserve.v1.ExplainCandidate\x12\x1b\n\x13\x63\x61ndidates_left_out\x18\x04 \x01(\x05\"\xbd\x01\n\x10\x45xplainCandidate\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x11\n\tviolation\x18\x03 \x01(\x01\x12\x0c\n\x04load\x18\x04 \x01(\x01\x12\x15\n\rprefix_tokens\x18\x05 \x01(\x05\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x13\n\x06ttft_s\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06tpot_s\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_ttft_sB\t\n\x07_tpot_s\"\xbd\x01\n\x0c\x45xplainRoute\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06ttft_s\x18\x03 \x01(\x01\x12\x12\n\nttft_std_s\x18\x04 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x05 \x01(\x01\x12\x12\n\ntpot_std_s\x18\x06 \x01(\x01\x12\x11\n\texposed_s\x18\x07 \x01(\x01\x12\x10\n\x08others_s\x18\x08 \x01(\x01\x12\x11\n\tviolation\x18\t \x01(\x01\x12\x0c\n\x04\x63ost\x18\n \x01(\x01\".\n\x0f\x45xplainRejected\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\"=\n\x0c\x45xplainPhase\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0f\n\x07start_s\x18\x02 \x01(\x01\x12\r\n\x05\x65nd_s\x18\x03 \x01(\x01\"\x87\x04\n\x0e\x45xplainAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\x15\n\rdecode_worker\x18\x03 \x01(\t\x12\x0f\n\x07start_s\x18\x04 \x01(\x01\x12\r\n\x05\x65nd_s\x18\x05 \x01(\x01\x12\x17\n\nreserved_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fprefill_start_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rprefill_end_s\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12(\n\x06\x63hunks\x18\t \x03(\x0b\x32\x18.pdserve.v1.ExplainChunk\x12\x19\n\x0ckv_arrived_s\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x13\n\x0b\x62ytes_moved\x18\x0b \x01(\x03\x12\x15\n\rtransfer_path\x18\x0c \x01(\t\x12\x1a\n\x12transfer_exposed_s\x18\r \x01(\x01\x12\x17\n\x0ftransfer_busy_s\x18\x0e \x01(\x01\x12\x15\n\rcached_tokens\x18\x0f \x01(\x05\x12\x15\n\routput_tokens\x18\x10 \x01(\x05\x12\x17\n\x0fprefill_queue_s\x18\x11 \x01(\x01\x12\x0f\n\x07\x66\x61ilure\x18\x12 \x01(\tB\r\n\x0b_reserved_sB\x12\n\x10_prefill_start_sB\x10\n\x0e_prefill_end_sB\x0f\n\r_kv_arrived_s\"1\n\x0c\x45xplainChunk\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x13\n\x0btokens_done\x18\x02 \x01(\x05\"-\n\rExplainOutput\x12\x0c\n\x04\x61t_s\x18\x01 \x01(\x01\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x32\xc9\x01\n\x05\x41\x64min\x12<\n\x05\x44rain\x12\x18.pdserve.v1.DrainRequest\x1a\x17.pdserve.v1.DrainStatus0\x01\x12\x42\n\x07Undrain\x12\x1a.pdserve.v1.UndrainRequest\x1a\x1b.pdserve.v1.UndrainResponse\x12>\n\x07\x45xplain\x12\x1a.pdserve.v1.ExplainRequest\x1a\x17.pdserve.v1.Explanationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.core.proto.pdserve.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAINREQUEST']._serialized_start=57
-  _globals['_DRAINREQUEST']._serialized_end=125
-  _globals['_DRAINSTATUS']._serialized_start=127
-  _globals['_DRAINSTATUS']._serialized_end=180
-  _globals['_ADMIN']._serialized_start=182
-  _globals['_ADMIN']._serialized_end=251
+  _globals['_DRAINREQUEST']._serialized_start=105
+  _globals['_DRAINREQUEST']._serialized_end=173
+  _globals['_DRAINSTATUS']._serialized_start=175
+  _globals['_DRAINSTATUS']._serialized_end=228
+  _globals['_UNDRAINREQUEST']._serialized_start=230
+  _globals['_UNDRAINREQUEST']._serialized_end=262
+  _globals['_UNDRAINRESPONSE']._serialized_start=264
+  _globals['_UNDRAINRESPONSE']._serialized_end=281
+  _globals['_EXPLAINREQUEST']._serialized_start=283
+  _globals['_EXPLAINREQUEST']._serialized_end=316
+  _globals['_EXPLANATION']._serialized_start=319
+  _globals['_EXPLANATION']._serialized_end=928
+  _globals['_EXPLAINNOTE']._serialized_start=930
+  _globals['_EXPLAINNOTE']._serialized_end=971
+  _globals['_EXPLAINDECISION']._serialized_start=974
+  _globals['_EXPLAINDECISION']._serialized_end=1243
+  _globals['_EXPLAINCHOICE']._serialized_start=1245
+  _globals['_EXPLAINCHOICE']._serialized_end=1371
+  _globals['_EXPLAINCANDIDATE']._serialized_start=1374
+  _globals['_EXPLAINCANDIDATE']._serialized_end=1563
+  _globals['_EXPLAINROUTE']._serialized_start=1566
+  _globals['_EXPLAINROUTE']._serialized_end=1755
+  _globals['_EXPLAINREJECTED']._serialized_start=1757
+  _globals['_EXPLAINREJECTED']._serialized_end=1803
+  _globals['_EXPLAINPHASE']._serialized_start=1805
+  _globals['_EXPLAINPHASE']._serialized_end=1866
+  _globals['_EXPLAINATTEMPT']._serialized_start=1869
+  _globals['_EXPLAINATTEMPT']._serialized_end=2388
+  _globals['_EXPLAINCHUNK']._serialized_start=2390
+  _globals['_EXPLAINCHUNK']._serialized_end=2439
+  _globals['_EXPLAINOUTPUT']._serialized_start=2441
+  _globals['_EXPLAINOUTPUT']._serialized_end=2486
+  _globals['_ADMIN']._serialized_start=2489
+  _globals['_ADMIN']._serialized_end=2690
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,11 @@
 isort:skip_file
 What operators ask of a running service. Fields are only ever added; numbers are never reused."""
 
+from collections import abc as abc
 from google.protobuf import descriptor as descriptor
 from google.protobuf import message as message
+from google.protobuf.internal import containers as containers
+from pdserve.core.proto.pdserve.v1 import generation_pb2 as generation_pb2
 import builtins as builtins
 import sys
 import typing as typing
@@ -61,5 +64,514 @@ class DrainStatus(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["drained", b"drained", "requests_left", b"requests_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UndrainRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UndrainResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    request: builtins.str
+    """Its id; sample i of n has the id with .i after it. Empty: the last one that arrived."""
+    def __init__(
+        self,
+        *,
+        request: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Explanation(message.Message):
+    """All `at_s`, `start_s` and `end_s` are seconds since the request arrived."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    SLA_CLASS_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    ARRIVAL_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_TOKENS_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    TTFT_TARGET_S_FIELD_NUMBER: builtins.int
+    TPOT_TARGET_S_FIELD_NUMBER: builtins.int
+    DEADLINE_S_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    NOTES_FIELD_NUMBER: builtins.int
+    DECISIONS_FIELD_NUMBER: builtins.int
+    PHASES_FIELD_NUMBER: builtins.int
+    ATTEMPTS_FIELD_NUMBER: builtins.int
+    OUTPUTS_FIELD_NUMBER: builtins.int
+    OUTPUTS_LEFT_OUT_FIELD_NUMBER: builtins.int
+    TIMINGS_FIELD_NUMBER: builtins.int
+    request: builtins.str
+    model: builtins.str
+    tenant: builtins.str
+    sla_class: builtins.str
+    priority: builtins.int
+    arrival: builtins.float
+    """Wall clock, seconds since the epoch."""
+    prompt_tokens: builtins.int
+    max_tokens: builtins.int
+    output_tokens: builtins.int
+    ttft_target_s: builtins.float
+    tpot_target_s: builtins.float
+    deadline_s: builtins.float
+    outcome: builtins.str
+    """stop, length, abort, or the name of an error; empty while it runs."""
+    error: builtins.str
+    outputs_left_out: builtins.int
+    """Outputs beyond the number that is kept."""
+    @builtins.property
+    def notes(self) -> containers.RepeatedCompositeFieldContainer[ExplainNote]:
+        """What happened besides: admission, refusals of workers, failures, interruptions."""
+
+    @builtins.property
+    def decisions(self) -> containers.RepeatedCompositeFieldContainer[ExplainDecision]: ...
+    @builtins.property
+    def phases(self) -> containers.RepeatedCompositeFieldContainer[ExplainPhase]: ...
+    @builtins.property
+    def attempts(self) -> containers.RepeatedCompositeFieldContainer[ExplainAttempt]: ...
+    @builtins.property
+    def outputs(self) -> containers.RepeatedCompositeFieldContainer[ExplainOutput]: ...
+    @builtins.property
+    def timings(self) -> generation_pb2.Timings: ...
+    def __init__(
+        self,
+        *,
+        request: builtins.str = ...,
+        model: builtins.str = ...,
+        tenant: builtins.str = ...,
+        sla_class: builtins.str = ...,
+        priority: builtins.int = ...,
+        arrival: builtins.float = ...,
+        prompt_tokens: builtins.int = ...,
+        max_tokens: builtins.int = ...,
+        output_tokens: builtins.int = ...,
+        ttft_target_s: builtins.float | None = ...,
+        tpot_target_s: builtins.float | None = ...,
+        deadline_s: builtins.float = ...,
+        outcome: builtins.str = ...,
+        error: builtins.str = ...,
+        notes: abc.Iterable[ExplainNote] | None = ...,
+        decisions: abc.Iterable[ExplainDecision] | None = ...,
+        phases: abc.Iterable[ExplainPhase] | None = ...,
+        attempts: abc.Iterable[ExplainAttempt] | None = ...,
+        outputs: abc.Iterable[ExplainOutput] | None = ...,
+        outputs_left_out: builtins.int = ...,
+        timings: generation_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_tpot_target_s", b"_tpot_target_s", "_ttft_target_s", b"_ttft_target_s", "timings", b"timings", "tpot_target_s", b"tpot_target_s", "ttft_target_s", b"ttft_target_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_tpot_target_s", b"_tpot_target_s", "_ttft_target_s", b"_ttft_target_s", "arrival", b"arrival", "attempts", b"attempts", "deadline_s", b"deadline_s", "decisions", b"decisions", "error", b"error", "max_tokens", b"max_tokens", "model", b"model", "notes", b"notes", "outcome", b"outcome", "output_tokens", b"output_tokens", "outputs", b"outputs", "outputs_left_out", b"outputs_left_out", "phases", b"phases", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request", b"request", "sla_class", b"sla_class", "tenant", b"tenant", "timings", b"timings", "tpot_target_s", b"tpot_target_s", "ttft_target_s", b"ttft_target_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tpot_target_s: _TypeAlias = typing.Literal["tpot_target_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_target_s: _TypeAlias = typing.Literal["_tpot_target_s", b"_tpot_target_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_target_s: _TypeAlias = typing.Literal["ttft_target_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_target_s: _TypeAlias = typing.Literal["_ttft_target_s", b"_ttft_target_s"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_target_s) -> _WhichOneofReturnType__tpot_target_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_target_s) -> _WhichOneofReturnType__ttft_target_s | None: ...
+
+@typing.final
+class ExplainNote(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    at_s: builtins.float
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        at_s: builtins.float = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_s", b"at_s", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainDecision(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    PREFILL_FIELD_NUMBER: builtins.int
+    ROUTES_FIELD_NUMBER: builtins.int
+    REJECTED_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    at_s: builtins.float
+    attempt: builtins.int
+    policy: builtins.str
+    tokens: builtins.int
+    """Prompt, and what earlier attempts had written."""
+    why: builtins.str
+    @builtins.property
+    def decode(self) -> ExplainChoice: ...
+    @builtins.property
+    def prefill(self) -> ExplainChoice:
+        """Absent: the decode worker reads the prompt itself."""
+
+    @builtins.property
+    def routes(self) -> containers.RepeatedCompositeFieldContainer[ExplainRoute]:
+        """The one that was taken first, then what it was compared with."""
+
+    @builtins.property
+    def rejected(self) -> containers.RepeatedCompositeFieldContainer[ExplainRejected]:
+        """Workers that were looked at and could not be taken."""
+
+    def __init__(
+        self,
+        *,
+        at_s: builtins.float = ...,
+        attempt: builtins.int = ...,
+        policy: builtins.str = ...,
+        tokens: builtins.int = ...,
+        decode: ExplainChoice | None = ...,
+        prefill: ExplainChoice | None = ...,
+        routes: abc.Iterable[ExplainRoute] | None = ...,
+        rejected: abc.Iterable[ExplainRejected] | None = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_s", b"at_s", "attempt", b"attempt", "decode", b"decode", "policy", b"policy", "prefill", b"prefill", "rejected", b"rejected", "routes", b"routes", "tokens", b"tokens", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainChoice(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    CANDIDATES_FIELD_NUMBER: builtins.int
+    CANDIDATES_LEFT_OUT_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    reason: builtins.str
+    candidates_left_out: builtins.int
+    @builtins.property
+    def candidates(self) -> containers.RepeatedCompositeFieldContainer[ExplainCandidate]:
+        """Best first, a few of them."""
+
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        reason: builtins.str = ...,
+        candidates: abc.Iterable[ExplainCandidate] | None = ...,
+        candidates_left_out: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["candidates", b"candidates", "candidates_left_out", b"candidates_left_out", "reason", b"reason", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainCandidate(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    VIOLATION_FIELD_NUMBER: builtins.int
+    LOAD_FIELD_NUMBER: builtins.int
+    PREFIX_TOKENS_FIELD_NUMBER: builtins.int
+    TRANSFER_S_FIELD_NUMBER: builtins.int
+    TTFT_S_FIELD_NUMBER: builtins.int
+    TPOT_S_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    score: builtins.float
+    """Lower is better."""
+    violation: builtins.float
+    """By how much targets would be missed, relative to them."""
+    load: builtins.float
+    prefix_tokens: builtins.int
+    transfer_s: builtins.float
+    ttft_s: builtins.float
+    """What the request would have come to there, from the decision on."""
+    tpot_s: builtins.float
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        score: builtins.float = ...,
+        violation: builtins.float = ...,
+        load: builtins.float = ...,
+        prefix_tokens: builtins.int = ...,
+        transfer_s: builtins.float = ...,
+        ttft_s: builtins.float | None = ...,
+        tpot_s: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "load", b"load", "prefix_tokens", b"prefix_tokens", "score", b"score", "tpot_s", b"tpot_s", "transfer_s", b"transfer_s", "ttft_s", b"ttft_s", "violation", b"violation", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tpot_s: _TypeAlias = typing.Literal["tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_s: _TypeAlias = typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_s: _TypeAlias = typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+@typing.final
+class ExplainRoute(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    TTFT_S_FIELD_NUMBER: builtins.int
+    TTFT_STD_S_FIELD_NUMBER: builtins.int
+    TPOT_S_FIELD_NUMBER: builtins.int
+    TPOT_STD_S_FIELD_NUMBER: builtins.int
+    EXPOSED_S_FIELD_NUMBER: builtins.int
+    OTHERS_S_FIELD_NUMBER: builtins.int
+    VIOLATION_FIELD_NUMBER: builtins.int
+    COST_FIELD_NUMBER: builtins.int
+    prefill: builtins.str
+    decode: builtins.str
+    ttft_s: builtins.float
+    ttft_std_s: builtins.float
+    tpot_s: builtins.float
+    tpot_std_s: builtins.float
+    exposed_s: builtins.float
+    others_s: builtins.float
+    violation: builtins.float
+    cost: builtins.float
+    def __init__(
+        self,
+        *,
+        prefill: builtins.str = ...,
+        decode: builtins.str = ...,
+        ttft_s: builtins.float = ...,
+        ttft_std_s: builtins.float = ...,
+        tpot_s: builtins.float = ...,
+        tpot_std_s: builtins.float = ...,
+        exposed_s: builtins.float = ...,
+        others_s: builtins.float = ...,
+        violation: builtins.float = ...,
+        cost: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cost", b"cost", "decode", b"decode", "exposed_s", b"exposed_s", "others_s", b"others_s", "prefill", b"prefill", "tpot_s", b"tpot_s", "tpot_std_s", b"tpot_std_s", "ttft_s", b"ttft_s", "ttft_std_s", b"ttft_std_s", "violation", b"violation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainRejected(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    why: builtins.str
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["why", b"why", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainPhase(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: builtins.int
+    START_S_FIELD_NUMBER: builtins.int
+    END_S_FIELD_NUMBER: builtins.int
+    phase: builtins.str
+    start_s: builtins.float
+    end_s: builtins.float
+    def __init__(
+        self,
+        *,
+        phase: builtins.str = ...,
+        start_s: builtins.float = ...,
+        end_s: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["end_s", b"end_s", "phase", b"phase", "start_s", b"start_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainAttempt(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    PREFILL_WORKER_FIELD_NUMBER: builtins.int
+    DECODE_WORKER_FIELD_NUMBER: builtins.int
+    START_S_FIELD_NUMBER: builtins.int
+    END_S_FIELD_NUMBER: builtins.int
+    RESERVED_S_FIELD_NUMBER: builtins.int
+    PREFILL_START_S_FIELD_NUMBER: builtins.int
+    PREFILL_END_S_FIELD_NUMBER: builtins.int
+    CHUNKS_FIELD_NUMBER: builtins.int
+    KV_ARRIVED_S_FIELD_NUMBER: builtins.int
+    BYTES_MOVED_FIELD_NUMBER: builtins.int
+    TRANSFER_PATH_FIELD_NUMBER: builtins.int
+    TRANSFER_EXPOSED_S_FIELD_NUMBER: builtins.int
+    TRANSFER_BUSY_S_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    PREFILL_QUEUE_S_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
+    prefill_worker: builtins.str
+    decode_worker: builtins.str
+    start_s: builtins.float
+    end_s: builtins.float
+    reserved_s: builtins.float
+    prefill_start_s: builtins.float
+    prefill_end_s: builtins.float
+    kv_arrived_s: builtins.float
+    """When its KV was at the decode worker."""
+    bytes_moved: builtins.int
+    transfer_path: builtins.str
+    transfer_exposed_s: builtins.float
+    transfer_busy_s: builtins.float
+    cached_tokens: builtins.int
+    output_tokens: builtins.int
+    prefill_queue_s: builtins.float
+    failure: builtins.str
+    """Why it failed; empty when it did not."""
+    @builtins.property
+    def chunks(self) -> containers.RepeatedCompositeFieldContainer[ExplainChunk]:
+        """When each chunk of the prompt was done, and the tokens that were read by then."""
+
+    def __init__(
+        self,
+        *,
+        attempt: builtins.int = ...,
+        prefill_worker: builtins.str = ...,
+        decode_worker: builtins.str = ...,
+        start_s: builtins.float = ...,
+        end_s: builtins.float = ...,
+        reserved_s: builtins.float | None = ...,
+        prefill_start_s: builtins.float | None = ...,
+        prefill_end_s: builtins.float | None = ...,
+        chunks: abc.Iterable[ExplainChunk] | None = ...,
+        kv_arrived_s: builtins.float | None = ...,
+        bytes_moved: builtins.int = ...,
+        transfer_path: builtins.str = ...,
+        transfer_exposed_s: builtins.float = ...,
+        transfer_busy_s: builtins.float = ...,
+        cached_tokens: builtins.int = ...,
+        output_tokens: builtins.int = ...,
+        prefill_queue_s: builtins.float = ...,
+        failure: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_kv_arrived_s", b"_kv_arrived_s", "_prefill_end_s", b"_prefill_end_s", "_prefill_start_s", b"_prefill_start_s", "_reserved_s", b"_reserved_s", "kv_arrived_s", b"kv_arrived_s", "prefill_end_s", b"prefill_end_s", "prefill_start_s", b"prefill_start_s", "reserved_s", b"reserved_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_kv_arrived_s", b"_kv_arrived_s", "_prefill_end_s", b"_prefill_end_s", "_prefill_start_s", b"_prefill_start_s", "_reserved_s", b"_reserved_s", "attempt", b"attempt", "bytes_moved", b"bytes_moved", "cached_tokens", b"cached_tokens", "chunks", b"chunks", "decode_worker", b"decode_worker", "end_s", b"end_s", "failure", b"failure", "kv_arrived_s", b"kv_arrived_s", "output_tokens", b"output_tokens", "prefill_end_s", b"prefill_end_s", "prefill_queue_s", b"prefill_queue_s", "prefill_start_s", b"prefill_start_s", "prefill_worker", b"prefill_worker", "reserved_s", b"reserved_s", "start_s", b"start_s", "transfer_busy_s", b"transfer_busy_s", "transfer_exposed_s", b"transfer_exposed_s", "transfer_path", b"transfer_path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_arrived_s: _TypeAlias = typing.Literal["kv_arrived_s"]  # noqa: Y015
+    _WhichOneofArgType__kv_arrived_s: _TypeAlias = typing.Literal["_kv_arrived_s", b"_kv_arrived_s"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_end_s: _TypeAlias = typing.Literal["prefill_end_s"]  # noqa: Y015
+    _WhichOneofArgType__prefill_end_s: _TypeAlias = typing.Literal["_prefill_end_s", b"_prefill_end_s"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_start_s: _TypeAlias = typing.Literal["prefill_start_s"]  # noqa: Y015
+    _WhichOneofArgType__prefill_start_s: _TypeAlias = typing.Literal["_prefill_start_s", b"_prefill_start_s"]  # noqa: Y015
+    _WhichOneofReturnType__reserved_s: _TypeAlias = typing.Literal["reserved_s"]  # noqa: Y015
+    _WhichOneofArgType__reserved_s: _TypeAlias = typing.Literal["_reserved_s", b"_reserved_s"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_arrived_s) -> _WhichOneofReturnType__kv_arrived_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_end_s) -> _WhichOneofReturnType__prefill_end_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_start_s) -> _WhichOneofReturnType__prefill_start_s | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reserved_s) -> _WhichOneofReturnType__reserved_s | None: ...
+
+@typing.final
+class ExplainChunk(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: builtins.int
+    TOKENS_DONE_FIELD_NUMBER: builtins.int
+    at_s: builtins.float
+    tokens_done: builtins.int
+    def __init__(
+        self,
+        *,
+        at_s: builtins.float = ...,
+        tokens_done: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_s", b"at_s", "tokens_done", b"tokens_done"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ExplainOutput(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    at_s: builtins.float
+    tokens: builtins.int
+    def __init__(
+        self,
+        *,
+        at_s: builtins.float = ...,
+        tokens: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["at_s", b"at_s", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -40,6 +40,16 @@ class AdminStub:
                 request_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.DrainStatus.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/pdserve.v1.Admin/Undrain',
+                request_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/pdserve.v1.Admin/Explain',
+                request_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Explanation.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -55,6 +65,22 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Undrain(self, request, context):
+        """Puts a worker back into use; what has moved away stays where it is. One whose process was told to end
+        (SIGTERM) ends all the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Why a request went where it went, what was predicted, and how its time went. Of the last requests, running
+        ones included (coordinator.explain_last); NOT_FOUND for others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +88,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.DrainStatus.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.UndrainRequest.FromString,
+                    response_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.UndrainResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
+                    response_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Explanation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +128,60 @@ class Admin:
             '/pdserve.v1.Admin/Drain',
             pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.DrainStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Admin/Undrain',
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Admin/Explain',
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

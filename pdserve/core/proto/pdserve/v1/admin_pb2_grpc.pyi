@@ -38,6 +38,14 @@ class AdminStub:
     decode worker move to others with their KV. The stream ends when nothing of any request is left there; the
     drain goes on when the caller goes away.
     """
+    Undrain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UndrainRequest, _admin_pb2.UndrainResponse]
+    """Puts a worker back into use; what has moved away stays where it is. One whose process was told to end
+    (SIGTERM) ends all the same.
+    """
+    Explain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.Explanation]
+    """Why a request went where it went, what was predicted, and how its time went. Of the last requests, running
+    ones included (coordinator.explain_last); NOT_FOUND for others.
+    """
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -48,6 +56,14 @@ class AdminAsyncStub(AdminStub):
     """Take a worker out of use: it gets no new requests; a prefill worker finishes what it has, the requests of a
     decode worker move to others with their KV. The stream ends when nothing of any request is left there; the
     drain goes on when the caller goes away.
+    """
+    Undrain: _aio.UnaryUnaryMultiCallable[_admin_pb2.UndrainRequest, _admin_pb2.UndrainResponse]  # type: ignore[assignment]
+    """Puts a worker back into use; what has moved away stays where it is. One whose process was told to end
+    (SIGTERM) ends all the same.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.Explanation]  # type: ignore[assignment]
+    """Why a request went where it went, what was predicted, and how its time went. Of the last requests, running
+    ones included (coordinator.explain_last); NOT_FOUND for others.
     """
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +78,26 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         """Take a worker out of use: it gets no new requests; a prefill worker finishes what it has, the requests of a
         decode worker move to others with their KV. The stream ends when nothing of any request is left there; the
         drain goes on when the caller goes away.
+        """
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _admin_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UndrainResponse, _abc.Awaitable[_admin_pb2.UndrainResponse]]:
+        """Puts a worker back into use; what has moved away stays where it is. One whose process was told to end
+        (SIGTERM) ends all the same.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _admin_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Explanation, _abc.Awaitable[_admin_pb2.Explanation]]:
+        """Why a request went where it went, what was predicted, and how its time went. Of the last requests, running
+        ones included (coordinator.explain_last); NOT_FOUND for others.
         """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
