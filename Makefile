@@ -57,6 +57,7 @@ proto: $(STAMPS)/dev ## Regenerate the gRPC stubs
 docs: $(STAMPS)/dev ## Regenerate the pages that come from code
 	@PYTHONPATH=kernels $(BIN)/python -m pdkernels.report
 	@$(BIN)/python -m pdserve.cli.reference docs
+	@$(BIN)/python tools/dashboards.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

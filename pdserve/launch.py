@@ -127,7 +127,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         host = RayHost(session, plan, config, model_dir, _worker_progress(report), identity, draft_model_dir)
         await host.reserve()
         stack.callback(host.release)
-        coordinator = Coordinator(config, [served])
+        coordinator = Coordinator(config, [served], ray_targets=session.metrics_targets)
         supervisor = Supervisor(
             host,
             _CoordinatorRegistry(coordinator, served.name),

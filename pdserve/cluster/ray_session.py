@@ -49,6 +49,13 @@ class RaySession:
     children: tuple[psutil.Process, ...] = ()
     """Processes that the session started; all are gone after `close_session`."""
 
+    @property
+    def metrics_targets(self) -> Path | None:
+        """Ray's file of the nodes that export metrics, in Prometheus's format."""
+        return (
+            None if self.log_dir is None else self.log_dir.parents[1] / "prom_metrics_service_discovery.json"
+        )
+
     def nodes(self) -> list[Node]:
         """The living machines of the cluster."""
         return [
