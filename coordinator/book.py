@@ -168,8 +168,10 @@ class Book:
             if state is not None:
                 state.release(attempt.id)
 
-    def epochs_up(self) -> dict[WorkerId, int]:
-        return {worker.id: worker.info.epoch for worker in self.fleet if worker.up}
+    def epoch_of(self, worker: WorkerId) -> int | None:
+        """None while it cannot be talked to."""
+        state = self.fleet.up(worker)
+        return None if state is None else state.info.epoch
 
     def count_end(self, now: float) -> None:
         """How often a place becomes free. The gaps are averaged: the mean of their inverses says too much."""

@@ -120,6 +120,7 @@ class Dispatcher:
             self._on_workers_changed()
 
     def _received(self, link: WorkerLink, batch: Sequence[Message]) -> None:
+        now = self._loop.time()  # of the whole frame: its messages are of one step
         for message in batch:
             if not isinstance(message, _UP):
                 self._disconnected(
@@ -131,7 +132,7 @@ class Dispatcher:
                 return
             if isinstance(message, Refused):
                 self._metrics.refusals.labels(link.info.worker, message.reason.value).inc()
-            self.handle(FromWorker(worker=link.info.worker, epoch=link.info.epoch, message=message))
+            self.handle(FromWorker(worker=link.info.worker, epoch=link.info.epoch, message=message), now)
 
     def _link_ended(self, link: WorkerLink, why: str) -> None:
         known = self._links.get(link.info.worker) is link
@@ -150,8 +151,9 @@ class Dispatcher:
 
     # --- the registry's hands -----------------------------------------------------------------------
 
-    def handle(self, event: Event) -> None:
-        now = self._loop.time()
+    def handle(self, event: Event, now: float | None = None) -> None:
+        """now: when it came, for events that came together; by default, this moment."""
+        now = self._loop.time() if now is None else now
         try:
             actions = self.registry.handle(event, now)
         except PdServeError as error:

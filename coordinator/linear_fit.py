@@ -27,6 +27,8 @@ _TRACK: Final = 0.05
 """Of the newest observation in the moving averages of errors."""
 _LEARNING: Final = 10
 """Observations before any is taken for an outlier."""
+_SMALLEST: Final = 8.0
+"""An observation counts as this many times below its prediction at least."""
 _OUTLIER: Final = 4.0
 """An observation counts at most as much as one that is off by this many standard deviations."""
 
@@ -73,6 +75,9 @@ class LinearFit:
             return
         if not self.count and not self._trusted:
             self._rescale(x, y)
+        elif self.count:
+            # Errors are relative, so one that is far too small would outweigh all others for long.
+            y = max(y, self.predict(x) / _SMALLEST)
         miss = (self.predict(x) - y) / y
         weight = 1.0
         if self.count >= _LEARNING:

@@ -157,7 +157,7 @@ def settled(
     book: Book, attempt: AttemptId, worker: WorkerId, flight: Flight | None, now: float
 ) -> list[Action]:
     """The prefill worker's last word on an attempt, which may be that of a request long ended."""
-    actions = book.pushes.settled(attempt, worker, book.epochs_up())
+    actions = book.pushes.settled(attempt, worker, book.epoch_of)
     current = None if flight is None else flight.attempt
     if flight is not None and flight.ending is not None and current is not None and current.id == attempt:
         actions += endings.finish(book, flight, flight.ending, now, reporter=None)

@@ -9,6 +9,7 @@ hears that no write can land in them any more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.events import Action, Send
@@ -46,13 +47,15 @@ class PushLedger:
         """Attempts that await its last word."""
         return [attempt for attempt, entry in self._open.items() if entry.prefill == writer]
 
-    def settled(self, attempt: AttemptId, by: WorkerId, epochs: dict[WorkerId, int]) -> list[Action]:
-        """The prefill worker says so. `epochs`: of the workers that can be talked to."""
+    def settled(
+        self, attempt: AttemptId, by: WorkerId, epoch_of: Callable[[WorkerId], int | None]
+    ) -> list[Action]:
+        """The prefill worker says so. `epoch_of`: a worker's, None while it cannot be talked to."""
         entry = self._open.get(attempt)
         if entry is None or entry.prefill != by:
             return []
         del self._open[attempt]
-        if entry.owed and epochs.get(entry.decode) == entry.decode_epoch:
+        if entry.owed and epoch_of(entry.decode) == entry.decode_epoch:
             return [Send(worker=entry.decode, message=PushesSettled(attempt=attempt))]
         return []
 

@@ -20,12 +20,14 @@ from coordinator.decisions import Route
 from coordinator.fleet import WorkerState
 from coordinator.latency import Work
 from coordinator.linear_fit import LinearFit
-from coordinator.sla import VIOLATION_WEIGHT, Goal, late, read_s, step_s, steps_between_s, work_until
+from coordinator.sla import VIOLATION_WEIGHT, Goal, late, step_s, steps_between_s, work_until
 
 WINDOW_TOKENS: Final = 32
 """Of a running answer, over which a pause may be made up for."""
 _KNOWN: Final = 5
 """Prompts that a decode worker must have read before its own speed counts; until then, a prefill worker's."""
+MOST_TIMES_SLOWER: Final = 2.0
+"""A decode worker is believed to read, at most, than the prefill worker beside it."""
 MARGIN: Final = 0.5
 """Of the time that the prompt takes to read: reading it at D must be cheaper by this much."""
 
@@ -64,28 +66,42 @@ def local_route(
 ) -> Route:
     """like: the prefill worker that could read it instead, whose speed is taken while the decode worker's own
     is not known. None: there is none."""
-    fit = reading_fit(decode, like)
+    prompt = Work.of(min(cached, tokens - 1), tokens, ends=True)
+    fit, scale = _reading_fit(decode, like, prompt)
     work = work_until(decode, tokens, goal, cached)
-    alone_s = fit.predict(Work.of(min(cached, tokens - 1), tokens, ends=True).features)
+    alone_s = scale * fit.predict(prompt.features)
     others = decode.num_decoding + decode.num_arriving / 2 + len(decode.prefill_left)
     return _route(
         None,
         decode,
         tokens,
         goal,
-        ttft_s=read_s(decode, fit, tokens, goal, cached),
-        ttft_std_s=fit.std(work.features),
+        ttft_s=scale * fit.predict(work.features) + steps_between_s(decode, work.tokens),
+        ttft_std_s=scale * fit.std(work.features),
         exposed_s=0.0,
         alone_s=alone_s,
         others_s=alone_s * others,
-        spoilt=_spoilt(decode, alone_s + fit.predict(decode.work_left.features)),
+        spoilt=_spoilt(decode, alone_s + scale * fit.predict(decode.work_left.features)),
         reads=like is None,
     )
 
 
-def reading_fit(worker: WorkerState, like: WorkerState | None) -> LinearFit:
-    known = like is None or worker.latency.prefill.count >= _KNOWN
-    return worker.latency.prefill if known or like is None else like.latency.prefill
+def _reading_fit(decode: WorkerState, like: WorkerState | None, prompt: Work) -> tuple[LinearFit, float]:
+    """A model of how a decode worker reads, and what to multiply it with.
+
+    It learns only from what it is given to read: were it believed to be slow without limit, that would never
+    be tried again.
+    """
+    own = decode.latency.prefill
+    if like is None:
+        return own, 1.0
+    other = like.latency.prefill
+    if own.count < _KNOWN:
+        return other, 1.0
+    slowest = MOST_TIMES_SLOWER * other.predict(prompt.features)
+    if other.count >= _KNOWN and own.predict(prompt.features) > slowest:
+        return other, MOST_TIMES_SLOWER
+    return own, 1.0
 
 
 def local_pays(local: Route, remote: Route) -> bool:
