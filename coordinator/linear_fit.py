@@ -46,6 +46,7 @@ class LinearFit:
         self._t = [0.0] * size
         self._coefficients: tuple[float, ...] = self._prior
         self._stale = False
+        self._inverse: list[list[float]] | None = None
         self._trusted = trusted
         self._variance = _NOISE**2
         self.error = 0.0
@@ -61,12 +62,19 @@ class LinearFit:
         return self._coefficients
 
     def predict(self, x: Sequence[float]) -> float:
-        return sum(c * v for c, v in zip(self.coefficients, x, strict=True))
+        coefficients = self.coefficients
+        if len(coefficients) == 3:  # asked dozens of times for one decision
+            one, two, three = coefficients
+            return one * x[0] + two * x[1] + three * x[2]
+        return _dot(coefficients, x)
 
     def std(self, x: Sequence[float]) -> float:
         """Standard deviation of an observation about `predict(x)`: scatter so far, and what is unknown."""
         scaled = [p * v for p, v in zip(self._prior, x, strict=True)]
-        unknown = _dot(scaled, _solve(self._normal(), scaled)) * _NOISE**2
+        if self._inverse is None:
+            normal, units = self._normal(), range(len(scaled))
+            self._inverse = [_solve(normal, [float(i == j) for j in units]) for i in units]
+        unknown = _dot(scaled, [_dot(row, scaled) for row in self._inverse]) * _NOISE**2
         return math.sqrt(self._variance * self.predict(x) ** 2 + unknown)
 
     def learn(self, x: Sequence[float], y: float) -> None:
@@ -93,7 +101,7 @@ class LinearFit:
             for j, zj in enumerate(z):
                 row[j] = FORGETTING * row[j] + weight * zi * zj
         self.count += 1
-        self._stale = True
+        self._stale, self._inverse = True, None
 
     def _rescale(self, x: Sequence[float], y: float) -> None:
         predicted = self.predict(x)

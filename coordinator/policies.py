@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 
 from coordinator.decisions import Candidate, Choice
 from coordinator.fleet import WorkerState
-from coordinator.pool import WHOLE, Fits, Pool
+from coordinator.pool import SAMPLE, Fits, Pool
 from pdserve.core.config import RoutingPolicy
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
@@ -43,7 +43,7 @@ class Policy(ABC):
 
     def draw(self, pool: Pool, fits: Fits) -> list[WorkerState]:
         """Who is looked at: everyone who fits, in a large pool a sample."""
-        return pool.sample(WHOLE, self.rng, fits)
+        return pool.sample(SAMPLE, self.rng, fits)
 
     @abstractmethod
     def choose(self, candidates: Sequence[Candidate]) -> Choice:

@@ -18,9 +18,11 @@ from pdserve.core.ids import WorkerId
 if TYPE_CHECKING:
     from coordinator.fleet import WorkerState
 
-WHOLE: Final = 32
-"""Pools of up to this many workers are looked at whole, and samples of larger ones have this many. The best
-of d draws is within log log n / log d of the best of all (Azar et al., "Balanced Allocations", 1999)."""
+WHOLE: Final = 16
+"""Pools of up to this many workers are looked at whole."""
+SAMPLE: Final = 12
+"""Drawn from larger ones. The best of d draws is within log log n / log d of the best of all (Azar et al.,
+"Balanced Allocations", 1999)."""
 
 Fits = Callable[["WorkerState"], bool]
 
@@ -61,10 +63,12 @@ class Pool:
         """Everyone who fits in a small pool, else up to `count` of them, by name. Someone, if anyone fits."""
         if len(self.workers) <= WHOLE:
             return self.all(fits)
+        size = len(self.workers)
         for _ in range(2):
-            drawn = [state for state in rng.sample(self.workers, count) if fits(state)]
+            places = {int(rng.random() * size) for _ in range(count)}
+            drawn = [state for place in sorted(places) if fits(state := self.workers[place])]
             if drawn:
-                return sorted(drawn, key=_name)
+                return drawn
         fitting = self.all(fits)
         return fitting if len(fitting) <= count else sorted(rng.sample(fitting, count), key=_name)
 

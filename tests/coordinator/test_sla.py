@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.latency import Work
-from coordinator.pool import WHOLE
+from coordinator.pool import SAMPLE
 from coordinator.router import Router
 from coordinator.sla import Goal
 from pdserve.core.config import Admission, LocalPrefill, RoutingPolicy
@@ -116,7 +116,7 @@ def test_of_many_workers_a_sample_is_looked_at_and_a_lonely_one_with_room_is_fou
         state.room_may_have_appeared()
     placement = router.place(fleet, MODEL, 8)
     assert placement is not None
-    assert 1 < len(placement.decode.candidates) <= WHOLE
+    assert 1 < len(placement.decode.candidates) <= SAMPLE
 
 
 def test_load_spreads_over_many_workers_although_each_sees_a_sample() -> None:
