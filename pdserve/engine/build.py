@@ -19,10 +19,10 @@ from pdserve.engine.runner import ModelRunner
 from pdserve.engine.sampler import Sampler
 from pdserve.models.checkpoint import Checkpoint
 from pdserve.models.config import ModelConfig
+from pdserve.models.cpu import make_cpu_ops
 from pdserve.models.hf_config import read_config
 from pdserve.models.llama import LlamaModel
 from pdserve.models.ops import ModelOps, Workload
-from pdserve.models.ops_cpu import CpuOps
 from pdserve.models.quantization.view import DequantisedView
 from pdserve.models.weights import DummySource, WeightSource, load_llama
 
@@ -119,7 +119,7 @@ def _load(
     progress: Progress,
 ) -> tuple[LlamaModel, str]:
     dtype = TORCH_DTYPES[config.dtype]
-    ops = _make_ops(config, device, max_positions, workload)
+    ops = _make_ops(config, device, max_positions, workload, progress)
     # The pool is allocated after the weights: the last few percent are its.
     scaled = lambda fraction, words: progress(0.02 + 0.94 * fraction, words)  # noqa: E731
     if model.load_format == "dummy":
@@ -134,9 +134,11 @@ def _load(
         return weights, checkpoint.digest
 
 
-def _make_ops(config: ModelConfig, device: torch.device, max_positions: int, workload: Workload) -> ModelOps:
+def _make_ops(
+    config: ModelConfig, device: torch.device, max_positions: int, workload: Workload, progress: Progress
+) -> ModelOps:
     if device.type == "cpu":
-        return CpuOps(config, device, max_positions, workload)
+        return make_cpu_ops(config, device, max_positions, workload, lambda words: progress(0.01, words))
     # Only a host with a GPU has Triton.
     from pdserve.models.ops_triton import TritonOps
 

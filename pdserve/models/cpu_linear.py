@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pdserve.models.cpu_int4 import Int4Linear, int4_linear
+from pdserve.models.cpu_native_linear import NativeLinear
 from pdserve.models.ops import Workload
 from pdserve.models.quantization.integers import IntWeight
 
@@ -89,7 +90,7 @@ class HalfLinear:
         return y.mul_(self.scale) if self.bias_O is None else torch.add(self.bias_O, y, alpha=self.scale)
 
 
-Many = HalfLinear | Bfloat16Linear | PackedLinear
+Many = HalfLinear | Bfloat16Linear | PackedLinear | NativeLinear
 
 
 class BySize:
@@ -135,7 +136,7 @@ class BySize:
             self._many, self._few = self._few, None
 
 
-Linear = PlainLinear | Int4Linear | Bfloat16Linear | PackedLinear | HalfLinear | BySize
+Linear = PlainLinear | Int4Linear | Bfloat16Linear | PackedLinear | HalfLinear | NativeLinear | BySize
 
 
 def make_linear(weight_OI: Tensor, bias_O: Tensor | None, workload: Workload) -> Linear:

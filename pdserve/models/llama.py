@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pdserve.models.config import ModelConfig
 from pdserve.models.layers import DecoderLayer
-from pdserve.models.ops import Linear, ModelOps, SliceMeta
+from pdserve.models.ops import LayerStack, Linear, ModelOps, SliceMeta
 
 OnLayersDone = Callable[[int, int], None]
 """Called with (first, last_exclusive) when those layers' KV of the step can be read by a transfer."""
@@ -31,6 +32,8 @@ class LlamaModel:
     layers: tuple[DecoderLayer, ...]
     final_norm_E: Tensor
     head: Linear
+    stack: LayerStack | None = None
+    """Computes runs of the layers in one call, where the ops have that."""
 
     def forward(
         self,
@@ -48,6 +51,8 @@ class LlamaModel:
         plan = self.ops.plan(slices)
         residual = F.embedding(tokens_T, self.embedding_VE).to(self.ops.activation_dtype)
         ends = group_ends(len(self.layers), layer_groups) if on_layers_done is not None else ()
+        if self.stack is not None:
+            return self._in_runs(self.stack, residual, plan, rows_R, ends, on_layers_done)
         x, first = None, 0
         for layer in self.layers:
             last = layer.index + 1
@@ -61,6 +66,24 @@ class LlamaModel:
             return torch.empty((0, self.config.vocab_size), device=tokens_T.device)
         final = self.ops.add_rms_norm(x, residual, self.final_norm_E, self.config.rms_norm_eps)
         return self.head(final).float()
+
+    def _in_runs(
+        self,
+        stack: LayerStack,
+        residual: Tensor,
+        plan: Any,
+        rows_R: Tensor | None,
+        ends: Sequence[int],
+        on_layers_done: OnLayersDone | None,
+    ) -> Tensor:
+        first = 0
+        for last in ends or (len(self.layers),):
+            residual = stack.layers(first, last, residual, plan, rows_R if last == len(self.layers) else None)
+            if on_layers_done is not None:
+                self.ops.layers_done()
+                on_layers_done(first, last)
+            first = last
+        return stack.logits(residual)
 
 
 def group_ends(num_layers: int, groups: int) -> tuple[int, ...]:

@@ -71,6 +71,22 @@ class Experts(Protocol):
         ...
 
 
+class LayerStack(Protocol):
+    """Whole runs of decoder layers in one call, where a device's kernels have them."""
+
+    def layers(self, first: int, last: int, residual_TE: Tensor, plan: Any, keep_R: Tensor | None) -> Tensor:
+        """Add layers [first, last) to the residual (activation dtype, contiguous) in place; write their KV.
+
+        keep_R: int64, ascending rows to go on with once the last of these layers has written its KV, or None
+        for all. Returns the residual of the rows that go on.
+        """
+        ...
+
+    def logits(self, residual_RE: Tensor) -> Tensor:
+        """The head of the final norm: float32 [R, V]."""
+        ...
+
+
 class ModelOps(Protocol):
     """Device operations. Steps are called under `torch.inference_mode`.
 
@@ -105,6 +121,11 @@ class ModelOps(Protocol):
 
     def weights_loaded(self) -> None:
         """Every weight has been given: whatever is chosen by measuring may be chosen now."""
+        ...
+
+    def stack(self, layers: Sequence[Any], final_norm_E: Tensor, head: Linear) -> LayerStack | None:
+        """The model's layers as one, or None where they are computed operation by operation. Called once,
+        after `weights_loaded`; layers: its `DecoderLayer`s in order."""
         ...
 
     def bind_pool(self, pool_NL2KBD: Tensor) -> None:

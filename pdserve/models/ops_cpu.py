@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from pdserve.models.cpu_attention import (
 )
 from pdserve.models.cpu_experts import CpuExperts
 from pdserve.models.cpu_linear import Linear, choose_products, make_head, make_integer_linear, make_linear
-from pdserve.models.ops import QKNorm, SliceMeta, Workload
+from pdserve.models.ops import LayerStack, QKNorm, SliceMeta, Workload
+from pdserve.models.ops import Linear as AnyLinear
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import rope_table
 
@@ -67,6 +69,9 @@ class CpuOps:
         choose_products(self._unmeasured)
         self._unmeasured.clear()
 
+    def stack(self, layers: Sequence[Any], final_norm_E: Tensor, head: AnyLinear) -> LayerStack | None:
+        return None
+
     def vector(self, weight: Tensor) -> Tensor:
         scaled: Tensor = weight.float() * weight.shape[-1] ** 0.5
         return scaled
@@ -84,7 +89,7 @@ class CpuOps:
         self._token_rows = pool_NL2KBD.view(-1, head_dim)
         self._head_rows = pool_NL2KBD.view(-1, block_tokens * head_dim)
 
-    def plan(self, slices: Sequence[SliceMeta]) -> CpuPlan:
+    def plan(self, slices: Sequence[SliceMeta]) -> Any:
         window = self._config.sliding_window
         self._clear_tails(slices)
         positions = torch.cat([torch.arange(m.start, m.start + m.length) for m in slices])
@@ -118,7 +123,7 @@ class CpuOps:
     def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         return self.rms_norm(residual_TE.add_(x_TE), weight_E, eps)
 
-    def rope_and_write(self, qkv_TSD: Tensor, layer: int, plan: CpuPlan, qk_norm: QKNorm | None) -> Tensor:
+    def rope_and_write(self, qkv_TSD: Tensor, layer: int, plan: Any, qk_norm: QKNorm | None) -> Tensor:
         queries, keys = self._config.num_heads, self._config.num_kv_heads
         qk_TSD = qkv_TSD[:, : queries + keys]
         if qk_norm is not None:
@@ -131,7 +136,7 @@ class CpuOps:
         self._token_rows.index_copy_(0, plan.write_L[layer], kv)
         return qkv_TSD[:, :queries]
 
-    def attention(self, q_THD: Tensor, layer: int, plan: CpuPlan) -> Tensor:
+    def attention(self, q_THD: Tensor, layer: int, plan: Any) -> Tensor:
         heads = self._config.num_kv_heads
         if len(plan.decode) == 1 and not plan.prefill and isinstance(plan.decode[0].rows, slice):
             return attend_decode(q_THD, self._head_rows, plan.decode[0], layer, heads)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pdserve.core.errors import ConfigError
 from pdserve.models.config import ModelConfig
-from pdserve.models.ops import QKNorm, SliceMeta
+from pdserve.models.ops import LayerStack, Linear, QKNorm, SliceMeta
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import inverse_frequencies
 
@@ -117,6 +117,9 @@ class TritonOps:
 
     def weights_loaded(self) -> None:
         """Nothing is measured at start."""
+
+    def stack(self, layers: Sequence[Any], final_norm_E: Tensor, head: Linear) -> LayerStack | None:
+        return None
 
     def bind_pool(self, pool_NL2KBD: Tensor) -> None:
         if pool_NL2KBD.dtype != self._dtype:

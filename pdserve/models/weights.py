@@ -87,17 +87,19 @@ def load_llama(
     head = embedding
     if not config.tie_word_embeddings:
         head = loader.tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
-    model = LlamaModel(
+    final_norm = loader.norm("model.norm.weight", config.hidden_size)
+    logits = ops.head(head)
+    progress(0.99, "choosing matrix products")
+    ops.weights_loaded()
+    return LlamaModel(
         config=config,
         ops=ops,
         embedding_VE=embedding,
         layers=tuple(layers),
-        final_norm_E=loader.norm("model.norm.weight", config.hidden_size),
-        head=ops.head(head),
+        final_norm_E=final_norm,
+        head=logits,
+        stack=ops.stack(layers, final_norm, logits),
     )
-    progress(0.99, "choosing matrix products")
-    ops.weights_loaded()
-    return model
 
 
 class _Loader:

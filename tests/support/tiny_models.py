@@ -99,8 +99,11 @@ class TinyModel:
 
 def make_tiny_model(family: str, folder: Path, seed: int = 0) -> TinyModel:
     """Norms and biases are random too, so that a weight put in the wrong place shows."""
+    return make_tiny_model_of(FAMILIES[family](), folder, seed)
+
+
+def make_tiny_model_of(config: PretrainedConfig, folder: Path, seed: int = 0) -> TinyModel:
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
     oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, weight in oracle.named_parameters():

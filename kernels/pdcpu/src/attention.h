@@ -1,0 +1,222 @@
+// Causal attention over a paged pool of bfloat16 keys and values, [block, layer, K/V, kv head, token, head_dim].
+//
+// Work is cut into (sequence, kv head, up to 64 queries). Keys are taken in panels of 64 positions, aligned in the
+// sequence; a panel's keys are packed like a weight's (pairs over head_dim), its values too (pairs over
+// positions), so both products are those of product.h. A query's result follows from its own row and the
+// sequence alone: it has the same bits in a chunk of a prompt, in another chunking, and as a decode step.
+#pragma once
+
+#include "product.h"
+
+namespace pdcpu {
+
+struct PoolShape {
+    bf16* data;
+    long layers, kv_heads, block_tokens, head_dim;
+
+    // The first token's row of a head; k: 0 keys, 1 values.
+    bf16* head(long block, long layer, long k, long kv_head) const {
+        return data + (((block * layers + layer) * 2 + k) * kv_heads + kv_head) * block_tokens * head_dim;
+    }
+};
+
+struct Slice {
+    int64_t offset, length, start;  // rows [offset, offset + length) stand at positions from `start`
+    int64_t table;                  // where its blocks begin among all tables
+};
+
+struct Task {
+    int32_t slice, begin, end;  // queries [begin, end) of the slice
+};
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+// 16 rows of 16 dwords at `rows`, to 16 lines of a panel.
+inline void transpose16(const uint32_t* const* rows, long column, uint32_t* out, long stride) {
+    vi a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + column);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        store_pairs(out + i * stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        store_pairs(out + (i + 8) * stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        store_pairs(out + (i + 4) * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        store_pairs(out + (i + 12) * stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+#else
+
+inline void transpose16(const uint32_t* const* rows, long column, uint32_t* out, long stride) {
+    for (int j = 0; j < 16; j++)
+        for (int i = 0; i < 16; i++) out[i * stride + j] = rows[j][column + i];
+}
+
+#endif
+
+// The rows of one head at positions [from, from + 64); `zeros` where `count` ends.
+inline void find_rows(const PoolShape& pool, const int32_t* table, long layer, long k, long kv_head, long from, long count,
+                      const bf16* zeros, const bf16** rows) {
+    long size = pool.block_tokens;
+    for (long j = 0; j < PANEL;) {
+        if (j >= count) {
+            rows[j++] = zeros;
+            continue;
+        }
+        long position = from + j, inside = position % size;
+        const bf16* head = pool.head(table[position / size], layer, k, kv_head) + inside * pool.head_dim;
+        for (long run = std::min(size - inside, count - j); run > 0; run--, head += pool.head_dim) rows[j++] = head;
+    }
+}
+
+// [pairs of head_dim][64 positions]; head_dim in whole 32.
+inline void pack_keys(const bf16* const* rows, long head_dim, uint32_t* panel) {
+    for (long group = 0; group < PANEL; group += 16)
+        for (long pair = 0; pair < head_dim / 2; pair += 16)
+            transpose16((const uint32_t* const*)(rows + group), pair, panel + pair * PANEL + group, PANEL);
+}
+
+// [pairs of positions][64 dimensions], one panel for every 64 of head_dim, zero behind its end.
+inline void pack_values(const bf16* const* rows, long head_dim, uint32_t* panels) {
+    for (long column = 0; column < head_dim; column += PANEL) {
+        uint32_t* panel = panels + column / PANEL * (PANEL / 2) * PANEL;
+        long cols = std::min<long>(PANEL, head_dim - column);
+        for (long pair = 0; pair < PANEL / 2; pair++, panel += PANEL) {
+            const bf16 *a = rows[2 * pair] + column, *b = rows[2 * pair + 1] + column;
+            long j = 0;
+            for (; j < cols; j += W) store_pairs(panel + j, join(load_words(a + j), load_words(b + j)));
+            for (; j < PANEL; j++) panel[j] = 0;
+        }
+    }
+}
+
+struct Attention {
+    PoolShape pool;
+    long layer, heads, window;  // window 0: none
+    const Slice* slices;
+    const int32_t* tables;
+    const bf16* q;  // [T][heads][head_dim], rotated
+    bf16* out;      // [T] rows of out_stride
+    long out_stride;
+
+    long per_kv() const { return heads / pool.kv_heads; }
+    void attend(const Task& task, long kv_head) const;
+};
+
+// One row's weights of a panel: scores -> bfloat16 probabilities, running maximum and sum; returns what the sums so
+// far are scaled with. Keys [low, high) of the panel are seen. Scores come in units of log2(e).
+inline float weigh(float* scores, long low, long high, float scale, float& most, float& total, bf16* weights) {
+    const float hidden = -INFINITY;
+    for (long j = 0; j < low; j++) scores[j] = hidden;
+    for (long j = high; j < PANEL; j++) scores[j] = hidden;
+    vf s[PANEL / W], highest = splat(hidden);
+    for (int v = 0; v < PANEL / W; v++) {
+        s[v] = mul(load(scores + v * W), splat(scale));
+        highest = max(s[v], highest);
+    }
+    float now = std::fmax(most, max_of(highest));
+    float factor = 1.0f;
+    if (now > most) {
+        alignas(64) float t[W];
+        store(t, exp2(splat(most - now)));
+        factor = t[0];
+    }
+    vf sums = zero();
+    for (int v = 0; v < PANEL / W; v++) {
+        vf p = exp2(sub(s[v], splat(now)));
+        sums = add(sums, p);
+        store_bf16(weights + v * W, p);
+    }
+    total = total * factor + sum(sums);
+    most = now;
+    return factor;
+}
+
+inline void Attention::attend(const Task& task, long kv_head) const {
+    const Slice& slice = slices[task.slice];
+    const long dim = pool.head_dim, group = per_kv(), rows = (task.end - task.begin) * group;
+    const long columns = (dim + PANEL - 1) / PANEL;
+    const float scale = LOG2_E / std::sqrt(float(dim));
+    const long first_query = slice.start + task.begin, last_query = slice.start + task.end - 1;
+    const long from = window ? std::max<long>(0, first_query - window + 1) / PANEL * PANEL : 0;
+    const long end = slice.start + slice.length;  // of what is written
+
+    float* sums = scratch(size_t(rows * columns * PANEL + 2 * rows), 0);
+    float *most = sums + rows * columns * PANEL, *total = most + rows;
+    float* scores = scratch(size_t(TILE_ROWS * PANEL * (1 + columns)), 1);
+    float* part = scores + TILE_ROWS * PANEL;
+    uint32_t* keys = (uint32_t*)scratch(size_t(dim / 2 * PANEL + columns * PANEL / 2 * PANEL), 2);
+    uint32_t* values = keys + dim / 2 * PANEL;
+    bf16* queries = (bf16*)scratch(size_t(rows * dim / 2 + dim / 2 + TILE_ROWS * PANEL / 2), 3);
+    bf16* zeros = queries + rows * dim;
+    bf16* weights = zeros + dim;
+    std::memset(sums, 0, sizeof(float) * rows * columns * PANEL);
+    std::memset(zeros, 0, sizeof(bf16) * dim);
+    for (long r = 0; r < rows; r++) {
+        most[r] = -INFINITY;
+        total[r] = 0.0f;
+        long t = slice.offset + task.begin + r / group;
+        std::memcpy(queries + r * dim, q + (t * heads + kv_head * group + r % group) * dim, sizeof(bf16) * dim);
+    }
+    const int32_t* table = tables + slice.table;
+    const bf16* found[PANEL];
+    for (long panel = from; panel <= last_query; panel += PANEL) {
+        long count = std::min<long>(PANEL, end - panel);
+        find_rows(pool, table, layer, 0, kv_head, panel, count, zeros, found);
+        pack_keys(found, dim, keys);
+        find_rows(pool, table, layer, 1, kv_head, panel, count, zeros, found);
+        pack_values(found, dim, values);
+        long pairs = (count + 1) / 2;
+        for (long row = 0; row < rows; row += TILE_ROWS) {
+            int height = int(std::min<long>(TILE_ROWS, rows - row));
+            if (first_query + (row + height - 1) / group < panel) continue;  // all of them end before it
+            tile_of<0>(height)(queries + row * dim, dim, keys, dim / 2, scores, true, nullptr);
+            float factors[TILE_ROWS];
+            bool any = false;
+            for (int r = 0; r < height; r++) {
+                long query = first_query + (row + r) / group - panel;  // its position in this panel
+                long low = window ? std::max<long>(0, query - window + 1) : 0;
+                long high = std::min<long>(PANEL, query + 1);
+                factors[r] = 1.0f;
+                if (low >= high) {
+                    std::memset(weights + r * PANEL, 0, sizeof(bf16) * PANEL);
+                    continue;
+                }
+                any = true;
+                factors[r] = weigh(scores + r * PANEL, low, high, scale, most[row + r], total[row + r], weights + r * PANEL);
+            }
+            if (!any) continue;
+            for (long c = 0; c < columns; c++) {
+                tile_of<0>(height)(weights, PANEL, values + c * (PANEL / 2) * PANEL, pairs, part, true, nullptr);
+                for (int r = 0; r < height; r++) {
+                    float* sum_row = sums + ((row + r) * columns + c) * PANEL;
+                    vf factor = splat(factors[r]);
+                    for (int j = 0; j < PANEL; j += W)
+                        store(sum_row + j, fma(load(sum_row + j), factor, load(part + r * PANEL + j)));
+                }
+            }
+        }
+    }
+    for (long r = 0; r < rows; r++) {
+        long t = slice.offset + task.begin + r / group;
+        bf16* to = out + t * out_stride + (kv_head * group + r % group) * dim;
+        vf factor = splat(1.0f / total[r]);
+        for (long j = 0; j < dim; j += W) store_bf16(to + j, mul(load(sums + r * columns * PANEL + j), factor));
+    }
+}
+
+}  // namespace pdcpu
