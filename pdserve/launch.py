@@ -49,7 +49,7 @@ _WORKER_ENV: Final = {
 }
 """Set for this process and every worker, unless they are set already. Weights come from the model store."""
 STOP_GRACE_S: Final = 5.0
-"""Each stage of stopping (requests, workers, Ray) gets at most this long."""
+"""Ending the workers, and then Ray, gets at most this long; running requests get `coordinator.grace_s`."""
 _SILENCE_PER_HEARTBEAT_TIMEOUT: Final = 2.0
 """The coordinator stops using a silent worker first; the supervisor then replaces its process."""
 
@@ -124,22 +124,27 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         stack.callback(close_session, session, grace_s=STOP_GRACE_S)
         report("ray", "Ray runs", 1.0)
         plan = plan_placement(config, session.nodes())
-        host = RayHost(session, plan, config, model_dir, _worker_progress(report), identity, draft_model_dir)
+        host = RayHost(session, plan, config, hosted, _worker_progress(report), identity)
         await host.reserve()
         stack.callback(host.release)
-        coordinator = Coordinator(config, [served], ray_targets=session.metrics_targets)
-        supervisor = Supervisor(
-            host,
-            _CoordinatorRegistry(coordinator, served.name),
-            plan.slots,
-            ping_timeout_s=_SILENCE_PER_HEARTBEAT_TIMEOUT * config.coordinator.heartbeat_timeout_s,
-            # Workers that died while nobody watched leave peers that remember an epoch we cannot know.
-            epochs_before=int(time.time()) if host.num_left else 0,
+        coordinator = Coordinator(config, served, ray_targets=session.metrics_targets)
+        supervisors = tuple(
+            Supervisor(
+                host,
+                _CoordinatorRegistry(coordinator, model.name),
+                [slot for slot in plan.slots if slot.model == index],
+                ping_timeout_s=_SILENCE_PER_HEARTBEAT_TIMEOUT * config.coordinator.heartbeat_timeout_s,
+                # Workers that died while nobody watched leave peers that remember an epoch we cannot know.
+                epochs_before=int(time.time()) if host.num_left else 0,
+            )
+            for index, model in enumerate(served)
         )
-        stack.push_async_callback(supervisor.stop, STOP_GRACE_S)
+        stack.push_async_callback(_stop_all, supervisors)
         endpoints = await coordinator.start()
-        stack.push_async_callback(coordinator.stop, STOP_GRACE_S)
-        await supervisor.start()
+        stack.push_async_callback(coordinator.stop, config.coordinator.grace_s)
+        await _start_all(supervisors)
+        watching = asyncio.create_task(host.watch_nodes(), name="watch-nodes")
+        stack.callback(watching.cancel)
         if session.keeper is not None:
             session.keeper.linger()
         yield Deployment(

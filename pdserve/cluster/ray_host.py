@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,6 @@ from ray.util.placement_group import (
 from ray.util.placement_group import remove_placement_group as remove_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from decode.actor import DecodeActor
 from pdserve.cluster.placement import PlacementPlan, WorkerSlot, core_slots
 from pdserve.cluster.ray_session import NAMESPACE, RaySession
 from pdserve.core import errors
@@ -36,10 +36,10 @@ from pdserve.core.config import CacheSettings, ServeConfig
 from pdserve.core.errors import CheckpointError, ConfigError, PdServeError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
+from pdserve.elastic.actor import DecodeActor, PrefillActor
 from pdserve.worker.cores import CoreShare
 from pdserve.worker.hosting import Described, HostedWorker, NotStarted, Progress, Started, StartStep
 from pdserve.worker.spec import WorkerSpec
-from prefill.actor import PrefillActor
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,27 @@ _ACTOR_THREADS: Final = 8
 _NAME_RELEASE_S: Final = 10.0
 _KILL_WAIT_S: Final = 10.0
 _LOG_TAIL_LINES: Final = 8
+_LOOK_AT_NODES_S: Final = 1.0
+_LAST_WORDS_S: Final = 1.0
 _DESCRIBE_S: Final = 2.0
 """A worker that was left running answers at once, unless it is stopped."""
+
+
+def draining_nodes() -> Mapping[str, int]:
+    """Nodes that were told to go (a preemption notice, an autoscaler), as Ray's GCS knows them."""
+    nodes: Mapping[str, int] = ray._private.state.state.get_draining_nodes()
+    return nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostedModel:
+    """One of the models that workers are started for."""
+
+    config: ServeConfig
+    """As if it were the only one."""
+    model_dir: Path
+    draft_model_dir: Path | None = None
+    """Of speculative decoding, where a model guesses."""
 
 
 class RayHost:
@@ -63,20 +82,22 @@ class RayHost:
         session: RaySession,
         plan: PlacementPlan,
         config: ServeConfig,
-        model_dir: Path,
+        models: Sequence[HostedModel],
         on_progress: OnProgress,
         identity: str = "",
-        draft_model_dir: Path | None = None,
     ) -> None:
-        """identity: of the settings; workers that were started with the same ones can be taken over.
+        """models: in the order of the configuration, as `WorkerSlot.model` counts them.
 
-        draft_model_dir: of speculative decoding, where a model guesses.
+        identity: of the settings; workers that were started with the same ones can be taken over.
         """
-        self._draft_model_dir = draft_model_dir
+        self._models = tuple(models)
         self._session, self._plan, self._config = session, plan, config
         self._identity = identity
         self._left: dict[WorkerId, Any] = {}
-        self._model_dir, self._on_progress = model_dir, on_progress
+        self._workers: dict[WorkerId, RayWorker] = {}
+        self._going: frozenset[str] = frozenset()
+        """Nodes that will be taken away."""
+        self._on_progress = on_progress
         self._groups: dict[Role, PlacementGroup] = {}
         self._node_of: dict[WorkerId, str] = {}
         self._pinned: dict[WorkerId, tuple[int, ...]] = {}
@@ -141,10 +162,38 @@ class RayHost:
 
         Raises `WorkerLost` or what the worker reported.
         """
-        if slot.worker in self._left:
-            left = await self._adopt(slot, self._left.pop(slot.worker))
-            if left is not None:
-                return left
+        left = self._left.pop(slot.worker, None)
+        worker = None if left is None else await self._adopt(slot, left)
+        if worker is None:
+            worker = await self._launch(slot, epoch)
+        self._workers[slot.worker] = worker
+        return worker
+
+    async def watch_nodes(self, draining: Callable[[], Mapping[str, int]] = draining_nodes) -> None:
+        """Drain the workers of every node that Ray says will be taken away. Runs until it is cancelled.
+
+        draining: such nodes and when they go, in milliseconds of wall clock; 0: not known.
+        """
+        told: set[tuple[WorkerId, int]] = set()
+        while True:
+            try:
+                gone_at = await asyncio.to_thread(draining)
+            except (ray.exceptions.RayError, RuntimeError) as error:
+                log.warning("Ray does not say which nodes go: %s", _first_line(error))
+                gone_at = {}
+            self._going = frozenset(gone_at)
+            for name, worker in self._workers.items():
+                if worker.node in gone_at and (name, worker.epoch) not in told:
+                    told.add((name, worker.epoch))
+                    await worker.retire(_seconds_until(gone_at[worker.node]))
+            await asyncio.sleep(_LOOK_AT_NODES_S)
+
+    async def _launch(self, slot: WorkerSlot, epoch: int) -> RayWorker:
+        self._find_node(slot)
+        while self._node_of[slot.worker] in self._going:
+            # What started there would be drained at once. `watch_nodes` sees the node go.
+            await asyncio.sleep(_LOOK_AT_NODES_S)
+            self._find_node(slot)
         spec = self._spec(slot, epoch)
         actor = await self._create(slot, spec)
         worker = RayWorker(slot.worker, actor, self._node_of[slot.worker], self._session, epoch)
@@ -162,6 +211,11 @@ class RayHost:
         if self.outlives_us and worker.pidfd is not None:
             self._pid_file(slot.worker).write_text(str(worker.pid))
         return worker
+
+    def _find_node(self, slot: WorkerSlot) -> None:
+        """Ray moves the bundles of a node that is gone to another."""
+        nodes: Mapping[int, str] = placement_group_table(self._groups[slot.role])["bundles_to_node_id"]
+        self._node_of[slot.worker] = nodes.get(slot.index) or self._node_of[slot.worker]
 
     async def _adopt(self, slot: WorkerSlot, actor: Any) -> RayWorker | None:
         """The worker behind `actor`; None when it cannot be used: then its process has been ended."""
@@ -198,13 +252,14 @@ class RayHost:
         return 0
 
     def _spec(self, slot: WorkerSlot, epoch: int) -> WorkerSpec:
+        model = self._models[slot.model]
         return WorkerSpec(
             worker=slot.worker,
             role=slot.role,
             epoch=epoch,
-            config=worker_config(self._config, self._plan),
-            model_dir=self._model_dir,
-            draft_model_dir=self._draft_model_dir,
+            config=worker_config(model.config, self._plan),
+            model_dir=model.model_dir,
+            draft_model_dir=model.draft_model_dir,
             identity=self._identity,
             listen=self._listen(slot, epoch),
             device="cuda:0" if self._plan.uses_gpus else "cpu",
@@ -258,6 +313,11 @@ class RayHost:
                 if asyncio.get_running_loop().time() > deadline:
                     raise WorkerLost(slot.worker, f"another {NAMESPACE} runs here: {error}") from error
                 await asyncio.sleep(0.05)
+
+
+def _seconds_until(wall_ms: int) -> float | None:
+    """None: nobody said when. A moment is kept back for the last words."""
+    return None if wall_ms == 0 else max(0.0, wall_ms / 1000 - time.time() - _LAST_WORDS_S)
 
 
 def _find(worker: WorkerId) -> Any:
@@ -334,6 +394,14 @@ class RayWorker:
             await self.actor.ping.remote()
         except ray.exceptions.RayError as error:
             raise WorkerLost(self.worker, self._explain(error)) from error
+
+    async def retire(self, timeout_s: float | None) -> None:
+        """Tell it to hand over what it runs and to end, within `timeout_s` (None: as configured)."""
+        log.warning("the node of %s is about to be taken away: draining it", self.worker)
+        try:
+            await self.actor.retire.remote(timeout_s)
+        except ray.exceptions.RayError as error:
+            log.warning("%s could not be told: %s", self.worker, _first_line(error))
 
     async def stop(self, grace_s: float) -> None:
         try:

@@ -319,6 +319,8 @@ class CoordinatorSettings(_Frozen):
     """A worker whose step lasts this long hangs, though it gives signs of life: it is replaced."""
     drain_timeout_s: Seconds = 120.0
     """Requests of a drained decode worker that found no room elsewhere by then start over elsewhere."""
+    grace_s: Annotated[float, Field(ge=0)] = 20.0
+    """Running requests get this long to finish when the service is told to stop (SIGTERM, Ctrl-C)."""
     default_max_tokens: PositiveInt = 256
     """Longest answer of a request that does not say."""
     default_timeout_s: Seconds = 600.0

@@ -1,6 +1,6 @@
 """A worker inside its process: pins cores, loads the model while telling how far it is, then runs.
 
-`prefill.actor` and `decode.actor` are this with one function filled in. Nothing here knows Ray: the launcher
+`pdserve.elastic.actor` is this with one function filled in. Nothing here knows Ray: the launcher
 makes actors of these classes, and tests call them directly.
 """
 
@@ -10,12 +10,13 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pdserve.core.errors import PdServeError, WorkerLost
 from pdserve.core.messages import Heartbeat, Role, WorkerInfo
@@ -24,6 +25,11 @@ from pdserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
     from pdserve.engine.build import Engine
+
+
+log = logging.getLogger(__name__)
+
+_LAST_WORD_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,7 @@ StartStep = Progress | Started | NotStarted
 
 
 class Running(Protocol):
-    """What `start_prefill_worker` and `start_decode_worker` return."""
+    """What `pdserve.elastic.worker.start_worker` returns."""
 
     @property
     def address(self) -> str: ...
@@ -93,15 +99,19 @@ class HostedWorker(ABC):
         self,
         spec: WorkerSpec,
         core_slots: Sequence[int] = (),
-        on_abandoned: Callable[[], None] = lambda: None,
+        on_abandoned: Callable[[], None] | None = None,
     ) -> None:
-        """on_abandoned: called before the process ends because no coordinator came back in time."""
+        """on_abandoned: called before the process ends because no coordinator came back in time.
+
+        None: the process is not the worker's own. Otherwise SIGTERM drains it, and it ends with its worker.
+        """
         self._spec, self._core_slots, self._on_abandoned = spec, tuple(core_slots), on_abandoned
+        if on_abandoned is not None:
+            on_sigterm(self._told_to_end)
         self._running: Running | None = None
         self._changed = threading.Condition()
         self._num_waiters = 0
-        self._may_end = False
-        """It was asked to stop or to retire: whoever asked ends the process."""
+        self._stopping = self._retiring = False
         self._end: str | BaseException | None = None
         self._exporter: Exporter | None = None
 
@@ -180,7 +190,7 @@ class HostedWorker(ABC):
 
     def stop(self) -> None:
         """End the worker's loops; `wait` returns then."""
-        self._may_end = True
+        self._stopping = True
         if self._running is not None:
             self._running.stop()
 
@@ -195,7 +205,7 @@ class HostedWorker(ABC):
     def retire(self, timeout_s: float | None = None) -> None:
         """Drain, and end when nothing is left or the time is up: for SIGTERM and for machines that are taken
         away. None: `coordinator.drain_timeout_s`. Safe in a signal handler."""
-        self._may_end = True
+        self._retiring = True
         limit = self._spec.config.coordinator.drain_timeout_s if timeout_s is None else timeout_s
         if self._running is not None:
             self._running.retire(limit)
@@ -210,6 +220,11 @@ class HostedWorker(ABC):
     def _last_heartbeat(self) -> Heartbeat | None:
         return self._require().last_heartbeat
 
+    def _told_to_end(self) -> None:
+        if self._running is None:
+            os.kill(os.getpid(), signal.SIGKILL)  # it has nothing yet that could be lost
+        self.retire()
+
     def _watch(self) -> None:
         end: str | BaseException = "stopped"
         try:
@@ -219,12 +234,17 @@ class HostedWorker(ABC):
         if self._exporter is not None:
             self._exporter.stop()
         with self._changed:
-            self._end = end
+            self._end = "it was told to end, and has" if end == "stopped" and self._retiring else end
             self._changed.notify_all()
-        if end == "stopped" and not self._may_end:
+        if self._on_abandoned is None or self._stopping or end != "stopped":
+            return  # whoever waits ends the process
+        if self._retiring:
+            # Whoever waits hears of it first; the process ends too when nobody does.
+            threading.Event().wait(_LAST_WORD_S)
+        else:
             # The process that started this one is gone, and nobody else would end it.
             self._on_abandoned()
-            os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def _load(self, steps: queue.SimpleQueue[Progress | None]) -> Running:
         # Here, not at the top: the launcher imports this module, and must not pay for torch.
@@ -248,6 +268,29 @@ class HostedWorker(ABC):
         if self._running is None:
             raise WorkerLost(str(self._spec.worker), "it has not started")
         return self._running
+
+
+def on_sigterm(act: Callable[[], None]) -> None:
+    """Call `act`, on a thread of its own, at every SIGTERM, which ends nothing by itself any more.
+
+    Not in the handler: Python runs that between two bytecodes of the main thread, which in an actor may be
+    inside Ray's C++ loop for as long as it lives. The byte that the kernel's handler writes comes at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        log.warning("not on the main thread: SIGTERM will end this process without a drain")
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def wait() -> None:
+        with ours, theirs:  # for the life of the process
+            while number := ours.recv(1):
+                if number[0] == signal.SIGTERM:
+                    act()
+
+    threading.Thread(target=wait, name="wait-for-sigterm", daemon=True).start()
 
 
 def pin_process(core_slots: Sequence[int]) -> tuple[int, ...]:

@@ -75,6 +75,7 @@ coordinator.max_attempts         integer             = `3`
 coordinator.heartbeat_timeout_s  number              = `5.0`
 coordinator.step_timeout_s  number              = `300.0`
 coordinator.drain_timeout_s  number              = `120.0`
+coordinator.grace_s              number              = `20.0`
 coordinator.default_max_tokens   integer             = `256`
 coordinator.default_timeout_s    number              = `600.0`
 coordinator.explain_last         integer             = `512`

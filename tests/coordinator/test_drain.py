@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.client.admin import DrainStatus, drain
+from pdserve.client.admin import DrainStatus, drain, undrain
 from pdserve.core.errors import InvalidRequest
 from pdserve.core.messages import Role, StartDecode, StartPrefill
 from tests.support.deployment import Deployed, deployed, scenario
@@ -49,6 +49,19 @@ async def test_a_drained_prefill_worker_gets_no_more_prompts(tmp_path: Path) -> 
             completion = await system.client.generate(prompt_token_ids=PROMPT, max_tokens=2)
             assert completion.timings.prefill_worker == "prefill-1"
         assert not any(isinstance(m, StartPrefill) for m in system.worker("prefill-0").heard)
+
+
+@scenario
+async def test_an_undrained_worker_is_used_again(tmp_path: Path) -> None:
+    async with deployed(tmp_path, prefill=2) as system:
+        assert (await drained(system, "prefill-0"))[-1].drained
+        await asyncio.to_thread(undrain, system.address, "prefill-0")
+        used = set[str]()
+        while "prefill-0" not in used:  # its heartbeat has to say so
+            completion = await system.client.generate(prompt_token_ids=PROMPT, max_tokens=2)
+            used.add(completion.timings.prefill_worker)
+        with pytest.raises(InvalidRequest, match="decode-0, prefill-0"):
+            await asyncio.to_thread(undrain, system.address, "decode-7")
 
 
 @scenario
