@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _WEIGHT: Final = 0.3
 """Of the newest heartbeat in a worker's pace."""
+REASONS: Final = ("lease_expired", "transfer", "corrupt", "worker_lost", "no_room", "other")
+"""Why attempts fail, as the metrics have it."""
 
 
 @dataclass(slots=True)

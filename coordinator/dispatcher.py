@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, get_args
 
@@ -31,6 +32,7 @@ from coordinator.metrics import Metrics
 from coordinator.registry import TICK_S, Registry
 from coordinator.request_log import log_end
 from coordinator.streams import RequestStream
+from coordinator.tracing import RequestTracer
 from coordinator.workers import WorkerLink
 from pdserve.core.channel import Channel
 from pdserve.core.errors import PdServeError, WorkerLost
@@ -52,12 +54,13 @@ class Dispatcher:
         *,
         heartbeat_timeout_s: float,
         step_timeout_s: float,
+        tracer: RequestTracer | None = None,
         on_workers_changed: Callable[[], None],
         on_connection_lost: Callable[[WorkerInfo], None],
     ) -> None:
         """on_connection_lost: the worker was not silent, and its process may well live."""
         self.registry: Final = registry
-        self._metrics = metrics
+        self._metrics, self._tracer = metrics, tracer
         self._heartbeat_timeout_s, self._step_timeout_s = heartbeat_timeout_s, step_timeout_s
         self._on_connection_lost = on_connection_lost
         self._ticked = asyncio.Event()
@@ -191,6 +194,9 @@ class Dispatcher:
             case End(report=report, outcome=outcome):
                 charged = self._metrics.ended(report, outcome)
                 log_end(report, outcome, charged)
+                if self._tracer is not None:
+                    epoch_ns = time.time_ns() - int(self._loop.time() * 1e9)
+                    self._tracer.ended(report, outcome, epoch_ns=epoch_ns)
             case Emit() | EmitPrompt():
                 pass
 

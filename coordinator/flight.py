@@ -63,6 +63,8 @@ class Flight:
     """The attempt it will be once it has moved to another decode worker."""
     move_after: float = 0.0
     migrations: int = 0
+    submitted: float = 0.0
+    """When it was taken in: validated and tokenised."""
     legs: list[Leg] = field(default_factory=list)
     """Of the attempts that have ended."""
     preemptions: int = 0
@@ -185,6 +187,7 @@ class Flight:
             migrations=self.migrations,
             legs=tuple(self.legs),
             created=self.record.created,
+            submitted=self.submitted,
             ended=now,
             first_token_at=self.first_token_at,
             traceparent=request.traceparent,

@@ -7,6 +7,7 @@ the workers sent since the last write becomes one delta.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import time
@@ -160,6 +161,9 @@ class Gateway:
             deadline=arrived + timeout_s,
             first_epoch=next(self._epochs) if checked.client_chose_id else 0,
         )
+        traceparent = _traceparent(context)
+        if traceparent:
+            samples = tuple(dataclasses.replace(sample, traceparent=traceparent) for sample in samples)
         for sample in samples:
             if self._dispatcher.registry.is_active(sample.id):
                 limit = "an id that no running request has"
@@ -202,6 +206,14 @@ class Gateway:
         code, details, metadata = status_of(error)
         await context.abort(code, details, metadata)
         raise AssertionError("abort raises")
+
+
+def _traceparent(context: Context) -> str:
+    """W3C trace context of the call; empty without."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent":
+            return value if isinstance(value, str) else value.decode("ascii", "replace")
+    return ""
 
 
 def _parse(data: bytes) -> pb.GenerateRequest | Malformed:

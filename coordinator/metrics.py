@@ -9,6 +9,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from coordinator.account import REASONS
 from coordinator.cost import Bill, bill
 from coordinator.fast_histogram import FastHistogram, FastHistograms
 from coordinator.fleet import Fleet
@@ -101,6 +102,13 @@ class Metrics:
 
     def _gauge(self, metric: catalog.Metric) -> Gauge:
         return Gauge(metric.full_name, metric.help, metric.labels, registry=self.registry)
+
+    def serves(self, model: str) -> None:
+        """Series of what has not happened yet begin at zero, so that the first time shows as an increase."""
+        for reason in REASONS:
+            self.attempt_failures.labels(model, reason)
+        for counter in (self.attempts, self.retries, self.migrations, self.preemptions):
+            counter.labels(model)
 
     # --- per token ----------------------------------------------------------------------------------
 

@@ -197,7 +197,7 @@ class Registry:
     def _take_in(self, request: NewRequest, now: float) -> Flight:
         self._order += 1
         record = RequestRecord(id=request.id, created=request.arrived, attempt=request.first_epoch)
-        flight = Flight(request=request, record=record, order=self._order)
+        flight = Flight(request=request, record=record, order=self._order, submitted=now)
         flight.story = self._book.stories.begin(
             Story(
                 request=dataclasses.replace(request, tokens=[]),

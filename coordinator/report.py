@@ -55,6 +55,8 @@ class Report:
     phase: Phase = Phase.FINISHED
     """How it ended."""
     created: float = 0.0
+    submitted: float = 0.0
+    """Validated and tokenised."""
     ended: float = 0.0
     first_token_at: float | None = None
     """These on the registry's clock."""

@@ -28,6 +28,7 @@ from coordinator.models import LoadedModel, ServedModel
 from coordinator.registry import Registry
 from coordinator.router import Router
 from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
+from coordinator.tracing import RequestTracer, make_tracer
 from coordinator.workers import dial
 from pdserve.core.config import CoordinatorSettings, ServeConfig
 from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound, ProtocolError, WorkerLost
@@ -69,6 +70,8 @@ class Coordinator:
         self._config, self._served = config, tuple(models)
         self._metrics = Metrics(config.cost)
         self._metrics.queue_limit.set(config.coordinator.max_queued_requests)
+        for name in names:
+            self._metrics.serves(name)
         self._tokenisers = ThreadPoolExecutor(_TOKENISER_THREADS, thread_name_prefix="tokenise")
         self._health = HealthServicer()
         self._running: _Running | None = None
@@ -81,6 +84,7 @@ class Coordinator:
         loaded = await asyncio.gather(*(asyncio.to_thread(LoadedModel.load, m) for m in self._served))
         models = {model.served.name: model for model in loaded}
         settings = self._config.coordinator
+        tracer = make_tracer(self._config.tracing)
         dispatcher = Dispatcher(
             Registry(
                 _registry_settings(self._config),
@@ -89,13 +93,14 @@ class Coordinator:
             self._metrics,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
             step_timeout_s=settings.step_timeout_s,
+            tracer=tracer,
             on_connection_lost=self._connection_lost,
             on_workers_changed=self._workers_changed,
         )
         gateway = Gateway(dispatcher, models, _gateway_settings(settings), self._metrics, self._tokenisers)
         server, port = _listen(settings, gateway, Admin(dispatcher), self._health)
         metrics_server = _serve_metrics(settings, self._metrics, self._ray_targets)
-        self._running = _Running(dispatcher, server, metrics_server)
+        self._running = _Running(dispatcher, server, metrics_server, tracer)
         await server.start()
         await self._update_health()
         return Endpoints(f"{settings.host}:{port}", metrics_server.port)
@@ -133,6 +138,8 @@ class Coordinator:
             await running.dispatcher.stop(grace_s)
             await refusing
             await asyncio.to_thread(running.metrics_server.close)
+            if running.tracer is not None:
+                await asyncio.to_thread(running.tracer.close)
         self._tokenisers.shutdown(cancel_futures=True)
 
     def snapshot(self) -> CoordinatorSnapshot:
@@ -206,6 +213,7 @@ class _Running:
     dispatcher: Dispatcher
     server: grpc.aio.Server
     metrics_server: MetricsServer
+    tracer: RequestTracer | None
 
 
 def _registry_settings(config: ServeConfig) -> RegistrySettings:
