@@ -61,6 +61,8 @@ def attempt_failed(
     actions = withdraw(book, flight, str(error), now, reporter=reporter, failure=reason_of(error))
     if attempt is not None and error.code is ErrorCode.UNAVAILABLE:
         actions += _introduce_again(book, attempt)
+    if attempt is not None and error.code in (ErrorCode.UNAVAILABLE, ErrorCode.DATA_LOSS):
+        _doubt_pair(book, flight, attempt, now)
     if not retryable or flight.attempts >= book.settings.max_attempts:
         return actions + end(book, flight, Phase.FAILED, error, now)
     flight.note(now, f"attempt {flight.record.attempt} failed: {error}")
@@ -90,6 +92,16 @@ def _requeue(book: Book, flight: Flight, now: float) -> None:
     flight.record.attempt += 1
     flight.record.move_to(Phase.QUEUED, now=now)
     book.enqueue(flight)
+
+
+def _doubt_pair(book: Book, flight: Flight, attempt: Attempt, now: float) -> None:
+    """Its KV did not arrive, though both workers live: what is between them may be at fault."""
+    prefill, decode = book.fleet.up(attempt.prefill), book.fleet.up(attempt.decode)
+    if prefill is None or decode is None or attempt.kv_arrived:
+        return
+    seconds = book.fleet.pairs.failed(prefill.id, decode.id, now)
+    if seconds:
+        flight.note(now, f"no KV gets from {prefill.id} to {decode.id}: avoided for {seconds:.0f} s")
 
 
 def _introduce_again(book: Book, attempt: Attempt) -> list[Action]:

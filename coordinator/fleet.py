@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from coordinator.account import Pace
 from coordinator.latency import ASSUMED_TOKENS_PER_S, LatencyModel, Work
+from coordinator.pairs import PairQuarantine
 from coordinator.pool import Pool
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import blocks_for
@@ -253,6 +254,7 @@ class Fleet:
     def __init__(self) -> None:
         self._workers: dict[WorkerId, WorkerState] = {}
         self._pools: dict[tuple[str, Role], Pool] = {}
+        self.pairs = PairQuarantine()
 
     def __iter__(self) -> Iterator[WorkerState]:
         return iter(self._workers.values())
@@ -264,6 +266,7 @@ class Fleet:
 
     def forget(self, worker: WorkerId) -> None:
         state = self._workers.pop(worker, None)
+        self.pairs.forget(worker)
         if state is not None:
             self.pool(state.model, state.info.role).forget(state)
 

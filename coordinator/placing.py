@@ -39,6 +39,7 @@ def _will_never_fit(book: Book, flight: Flight, decode: WorkerState) -> bool:
 
 def place_waiting(book: Book, now: float) -> list[Action]:
     """Offer waiting requests to decode workers, in turn, until none has room."""
+    book.fleet.pairs.at(now)
     actions: list[Action] = []
     for queue in list(book.waiting.values()):
         actions += _place(book, queue, now)

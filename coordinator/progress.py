@@ -35,6 +35,8 @@ def prefill_started(
 def transferred(book: Book, attempt: Attempt, message: TransferDone) -> None:
     attempt.transfer = message
     prefill = book.fleet.get(attempt.prefill)
+    if attempt.prefill is not None:
+        book.fleet.pairs.worked(attempt.prefill, attempt.decode)
     if prefill is not None and message.bytes_moved:
         prefill.latency.transferred(message)
 

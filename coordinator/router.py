@@ -76,7 +76,9 @@ class Router:
             return None
         if reads or self.local_prefill is LocalPrefill.ALWAYS:
             return self._local(fleet, ask, decode, "there is no other" if reads else "as configured")
-        prefill = self._choose_prefill(fleet, ask, prefix_at)
+        prefill = self._choose_prefill(fleet, ask, prefix_at, decode.worker)
+        if prefill is None:
+            return self._local(fleet, ask, decode, "no prefill worker's KV gets there")
         return self._cheaper(fleet, ask, decode, prefill)
 
     def place_move(self, fleet: Fleet, source: WorkerState, tokens: int) -> Choice | None:
@@ -143,12 +145,15 @@ class Router:
         self._tell_rejected(pool, ask, looked_at)
         return policy.choose([scored(worker) for worker in looked_at]) if looked_at else None
 
-    def _choose_prefill(self, fleet: Fleet, ask: _Ask, prefix_at: WorkerId | None) -> Choice:
+    def _choose_prefill(
+        self, fleet: Fleet, ask: _Ask, prefix_at: WorkerId | None, decode: WorkerId
+    ) -> Choice | None:
         pool = fleet.pool(ask.model, Role.PREFILL)
         policy = self._policy(ask.model, Role.PREFILL)
 
         def fits(worker: WorkerState) -> bool:
-            return worker.takes_prompts() and worker.id not in ask.avoid
+            usable = worker.takes_prompts() and worker.id not in ask.avoid
+            return usable and not fleet.pairs.avoids(worker.id, decode)
 
         def scored(worker: WorkerState) -> Candidate:
             cached = ask.cached.get(worker.id, 0)
@@ -170,7 +175,7 @@ class Router:
                 candidates = tuple(scored(worker) for worker in (again, *others))
                 return Choice(again.id, candidates, "has read its prompt")
         self._tell_rejected(pool, ask, looked_at)
-        return policy.choose([scored(worker) for worker in looked_at])
+        return policy.choose([scored(worker) for worker in looked_at]) if looked_at else None
 
     def _followed(self, fleet: Fleet, choice: Choice | None, fits: Fits) -> WorkerState | None:
         worker = None if choice is None else fleet.get(choice.worker)
