@@ -11,6 +11,7 @@ Per transport and block size, interleaved in every round:
     one       as many bytes from one block into one block, over and over, as ucx_perftest sends them
     perftest  UCX's own test of the same transport, messages of that size from one buffer into one, with its
               own version of UCX (Debian: ucx-utils): compare it with `one`
+    iperf3    one TCP stream for a second, between the namespaces
     digest    what a digest of the same blocks would take, as a share of the push's time
 
 then the time of a one-block push at the sender and until its note is an event at an idle receiver; and what
@@ -46,6 +47,7 @@ IDLE_S: Final = 3.0
 SHORT_REQUESTS: Final = 100
 SHORT_BLOCKS: Final = 4
 HUGE_PUSHES: Final = 16
+TWO_NAMESPACES: Final = "tcp, two namespaces"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Row:
     memcpy_gb_per_s: BestAndMedian
     one_gb_per_s: BestAndMedian
     perftest_gb_per_s: BestAndMedian | None
+    iperf3_gb_per_s: BestAndMedian | None
     digest_share: BestAndMedian
     """Time of a digest / time of the push, each at its best and at its median."""
     one_block_us: BestAndMedian
@@ -124,7 +127,7 @@ def _measure_size(
     num_blocks, count = len(array) // size, max(1, push_bytes // size)
     target = np.ones_like(array)
     pushed, copied, digested, same, others, single = [], [], [], [], [], []
-    by_kernel = []
+    by_kernel, streams = list[float](), list[float]()
     for i in range(rounds + 1):
         src, dst = (rng.permutation(num_blocks)[:count].tolist() for _ in range(2))
         pushed.append(sender.push(3 * i, group, src, dst).seconds)
@@ -149,6 +152,8 @@ def _measure_size(
                 args.ucx_perftest, size, 4 * push_bytes, transport.ucx, transport.namespaces, pair.path.path
             )
             others += [] if found is None else [found]
+            stream = None if transport.namespaces is None else iperf3(transport.namespaces, 1)
+            streams += [] if stream is None else [stream]
     pair.take_notes()
     for i in range(4 * rounds):
         time.sleep(0.01)  # the receiver is idle when the note comes
@@ -163,12 +168,13 @@ def _measure_size(
         kernel_gb_per_s=_rate(moved, by_kernel[1:]) if by_kernel else None,
         memcpy_gb_per_s=_rate(moved, copied[1:]),
         one_gb_per_s=_rate(moved, same[1:]),
-        perftest_gb_per_s=BestAndMedian(max(others), statistics.median(others)) if others else None,
+        perftest_gb_per_s=_best_and_median(others),
+        iperf3_gb_per_s=_best_and_median(streams),
         digest_share=BestAndMedian(
             min(digested) / min(pushed[1:]), statistics.median(digested) / statistics.median(pushed[1:])
         ),
         one_block_us=_microseconds(single),
-        note_us=_microseconds(pair.take_notes()),
+        note_us=_microseconds(list(pair.take_notes().values())),
     )
 
 
@@ -202,6 +208,10 @@ def _turns(transport: str, pair: Pair, order: str, round_of: int) -> Turns:
     )
 
 
+def _best_and_median(rates: Sequence[float]) -> BestAndMedian | None:
+    return BestAndMedian(max(rates), statistics.median(rates)) if rates else None
+
+
 def _rate(size_bytes: int, seconds: Sequence[float]) -> BestAndMedian:
     return BestAndMedian(size_bytes / min(seconds) / 1e9, size_bytes / statistics.median(seconds) / 1e9)
 
@@ -222,13 +232,14 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         "| transport | path | block KiB | push GB/s | kernel GB/s | memcpy GB/s "
         "| one block over and over GB/s | ucx_perftest GB/s "
-        "| digest / push | one block us | block + note us |",
-        "|" + "---|" * 11,
+        "| iperf3 GB/s | digest / push | one block us | block + note us |",
+        "|" + "---|" * 12,
     ]
     lines += [
         f"| {r.transport} | {r.path} | {r.block_kib} | {r.push_gb_per_s} "
         f"| {r.kernel_gb_per_s or '-'} | {r.memcpy_gb_per_s} "
-        f"| {r.one_gb_per_s} | {r.perftest_gb_per_s or '-'} | {r.digest_share} "
+        f"| {r.one_gb_per_s} | {r.perftest_gb_per_s or '-'} "
+        f"| {r.iperf3_gb_per_s or '-'} | {r.digest_share} "
         f"| {r.one_block_us} | {r.note_us} |"
         for r in rows
     ]
@@ -259,7 +270,7 @@ def transports(*, namespaces: bool) -> Iterator[list[Transport]]:
         return
     with two_namespaces() as names:
         ucx = {"TLS": "tcp", "NET_DEVICES": DEVICE}
-        yield [*on_host, Transport(name="tcp, two namespaces", ucx=ucx, namespaces=names)]
+        yield [*on_host, Transport(name=TWO_NAMESPACES, ucx=ucx, namespaces=names)]
 
 
 def main() -> None:
@@ -276,13 +287,10 @@ def main() -> None:
     args = parser.parse_args()
     environment = describe_environment()
     measured: dict[str, Measured] = {}
-    streams: list[float] = []
-    with transports(namespaces=available()) as chosen:
+    with transports(namespaces=available() and args.transports in TWO_NAMESPACES) as chosen:
         for transport in chosen:
             if args.transports not in transport.name:
                 continue
-            if transport.namespaces is not None:
-                streams += [rate for _ in range(3) if (rate := iperf3(transport.namespaces, 1)) is not None]
             # A process of its own each: UCX keeps what it once found out about the machine.
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
                 measured[transport.name] = fresh.submit(measure, transport, args).result()
@@ -292,8 +300,6 @@ def main() -> None:
     print(f"rounds {args.rounds}, push {args.push_mib} MiB, pool {args.pool_mib} MiB; best / median\n")
     print(table(rows))
     print(f"\n{turns_table(turns)}\n")
-    if streams:
-        print(f"iperf3 between the namespaces, one stream, GB/s: {', '.join(f'{s:.2f}' for s in streams)}")
     for name, one in measured.items():
         print(f"{name}: idle receiver {one.idle_share:.2%} of a core; probe at connect {one.probe}")
     if args.output is not None:
@@ -302,7 +308,6 @@ def main() -> None:
             "environment": dataclasses.asdict(environment),
             "config": {"rounds": args.rounds, "push_mib": args.push_mib, "pool_mib": args.pool_mib},
             "measured": {name: dataclasses.asdict(one) for name, one in measured.items()},
-            "iperf3_gb_per_s": streams,
         }
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -35,7 +35,8 @@ from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, Group
 
 BLOCK_BYTES: Final = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 WAIT_S: Final = 60.0
-_STAMP: Final = struct.Struct("<d")
+_STAMP: Final = struct.Struct("<dq")
+"""When a push was submitted, and its id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +64,17 @@ def layouts() -> tuple[GroupLayout, ...]:
 class Side:
     """A worker's pools and running service; `wait` returns events as they come."""
 
-    def __init__(self, name: str, pool_bytes: int, ucx: dict[str, str], verify: Verify) -> None:
+    def __init__(
+        self,
+        name: str,
+        pool_bytes: int,
+        ucx: dict[str, str],
+        verify: Verify,
+        groups: Sequence[GroupLayout],
+    ) -> None:
         self.name = WorkerId(name)
-        self.arrays = [np.ones(pool_bytes, dtype=np.uint8) for _ in BLOCK_BYTES]
-        self.fingerprint = Fingerprint(protocol=PROTOCOL_VERSION, model="benchmark", layouts=layouts())
+        self.arrays = [np.ones(pool_bytes, dtype=np.uint8) for _ in groups]
+        self.fingerprint = Fingerprint(protocol=PROTOCOL_VERSION, model="benchmark", layouts=tuple(groups))
         regions = [
             PoolRegion(
                 address=array.ctypes.data,
@@ -74,7 +82,7 @@ class Side:
                 layout=layout,
                 num_blocks=pool_bytes // layout.block_bytes,
             )
-            for array, layout in zip(self.arrays, layouts(), strict=True)
+            for array, layout in zip(self.arrays, groups, strict=True)
         ]
         self.backend = make_backend(
             TransferBackendName.NIXL,
@@ -87,14 +95,19 @@ class Side:
         )
         self._events: list[TransferEvent] = []
         self._changed = threading.Condition()
-        self.note_seconds: list[float] = []
+        self.notes: dict[int, float] = {}
+        """Of each push whose note came: seconds since it was submitted."""
+        self._ended_at: dict[int, float] = {}
         self.service = TransferService(self.backend, self._on_event, verify=verify)
         self.service.start()
 
     def _on_event(self, event: TransferEvent) -> None:
         if isinstance(event, NoteArrived):
-            self.note_seconds.append(time.monotonic() - _STAMP.unpack(event.note)[0])
+            submitted, push_id = _STAMP.unpack(event.note)
+            self.notes[push_id] = time.monotonic() - submitted
             return
+        if isinstance(event, PushEnded):
+            self._ended_at[event.id] = time.monotonic()
         with self._changed:
             self._events.append(event)
             self._changed.notify()
@@ -105,6 +118,10 @@ class Side:
                 raise TimeoutError("no transfer event")
             return self._events.pop(0)
 
+    def ended_at(self, push_id: int) -> float:
+        """When a push that has ended did so, on the monotonic clock."""
+        return self._ended_at[push_id]
+
     def push(self, push_id: int, group: int, src: Sequence[int], dst: Sequence[int]) -> PushEnded:
         """Submit, and wait for its end."""
         self.submit(push_id, group, src, dst)
@@ -114,7 +131,13 @@ class Side:
         return end
 
     def submit(
-        self, push_id: int, group: int, src: Sequence[int], dst: Sequence[int], flow: str = ""
+        self,
+        push_id: int,
+        group: int,
+        src: Sequence[int],
+        dst: Sequence[int],
+        flow: str = "",
+        layers: tuple[int, int] = (0, 1),
     ) -> None:
         self.service.submit(
             Push(
@@ -123,22 +146,24 @@ class Side:
                 group=group,
                 src_blocks=tuple(BlockId(b) for b in src),
                 dst_blocks=tuple(BlockId(b) for b in dst),
-                layers=(0, 1),
-                note=_STAMP.pack(time.monotonic()),
+                layers=layers,
+                note=_STAMP.pack(time.monotonic(), push_id),
                 deadline=time.monotonic() + WAIT_S,
                 flow=flow,
             )
         )
 
 
-def receive(pipe: Connection, pool_bytes: int, transport: Transport, verify: Verify) -> None:
+def receive(
+    pipe: Connection, pool_bytes: int, transport: Transport, verify: Verify, groups: Sequence[GroupLayout]
+) -> None:
     """The other process: stands still, and hands over its note times when asked."""
     enter(None if transport.namespaces is None else transport.namespaces[1])
-    side = Side("receiver", pool_bytes, transport.ucx, verify)
+    side = Side("receiver", pool_bytes, transport.ucx, verify, groups)
     pipe.send(side.backend.metadata)
     while pipe.recv() == "notes":
-        pipe.send(side.note_seconds)
-        side.note_seconds = []
+        pipe.send(side.notes)
+        side.notes = {}
     side.service.stop()
     side.service.join(WAIT_S)
 
@@ -152,22 +177,34 @@ class Pair:
     remote_pools: tuple[int, ...]
     """Where the receiver's pools begin, in its memory."""
 
-    def take_notes(self) -> list[float]:
-        """Seconds from submit to arrival of each note since the last call."""
-        self.pipe.send("notes")
-        notes: list[float] = self.pipe.recv()
-        return notes
+    def take_notes(self, at_least: int = 0) -> dict[int, float]:
+        """Seconds from submit to arrival of the notes since the last call, by push; waits for so many."""
+        until, notes = time.monotonic() + WAIT_S, dict[int, float]()
+        while True:
+            self.pipe.send("notes")
+            notes |= self.pipe.recv()
+            if len(notes) >= at_least:
+                return notes
+            if time.monotonic() > until:
+                raise TimeoutError(f"{len(notes)} of {at_least} notes came")
+            time.sleep(0.01)  # another process's events: nothing wakes us
 
 
 @contextmanager
-def connected(transport: Transport, pool_bytes: int, verify: Verify = Verify.OFF) -> Iterator[Pair]:
+def connected(
+    transport: Transport,
+    pool_bytes: int,
+    verify: Verify = Verify.OFF,
+    groups: Sequence[GroupLayout] | None = None,
+) -> Iterator[Pair]:
     """A sender here and a receiver in a new process, which have met. This process stays in its namespace."""
+    groups = layouts() if groups is None else groups
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=receive, args=(theirs, pool_bytes, transport, verify))
+    process = spawn.Process(target=receive, args=(theirs, pool_bytes, transport, verify, groups))
     process.start()
     enter(None if transport.namespaces is None else transport.namespaces[0])
-    sender = Side("sender", pool_bytes, transport.ucx, verify)
+    sender = Side("sender", pool_bytes, transport.ucx, verify, groups)
     metadata = pipe.recv()
     sender.service.connect(WorkerId("receiver"), 1, sender.fingerprint, metadata)
     met = sender.wait()

@@ -37,8 +37,8 @@ def write_into(pid: int, spans: Sequence[tuple[int, int, int]]) -> None:
     for begin in range(0, len(spans), _IOV_MAX):
         part = spans[begin : begin + _IOV_MAX]
         count = len(part)
-        here = (_IoVec * count)(*((src, length) for src, _, length in part))
-        there = (_IoVec * count)(*((dst, length) for _, dst, length in part))
+        here = (_IoVec * count)(*(_IoVec(src, length) for src, _, length in part))
+        there = (_IoVec * count)(*(_IoVec(dst, length) for _, dst, length in part))
         wanted = sum(length for _, _, length in part)
         args = (
             ctypes.c_int(pid),
