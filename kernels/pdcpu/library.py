@@ -118,6 +118,8 @@ class HelperCore:
     """The core it is pinned to; None: anywhere."""
     owners: tuple[int, ...] = ()
     """Addresses of bytes that are nonzero while an owner of the core is busy; the helper then stays away."""
+    memory: object = None
+    """What the addresses point into: kept as long as the helper."""
 
 
 class Library:
@@ -158,6 +160,19 @@ class Library:
             firsts, addresses = (c_int32 * len(first))(*first), (c_void_p * len(owners))(*owners)
             self._dll.pd_set_helpers(len(helpers), cpus, firsts, addresses)
             self._helpers = tuple(helpers)
+
+
+_computing: list[Library] = []
+
+
+def computing() -> Library | None:
+    """The library that models of this process compute with, from `compute_with` on."""
+    return _computing[-1] if _computing else None
+
+
+def compute_with(library: Library) -> None:
+    """A model computes with `library` alone: its helpers are worth the process's cores."""
+    _computing[:] = [library]
 
 
 @functools.cache

@@ -125,6 +125,7 @@ class NativeOps(CpuOps):
         around = [linear for layer in layers for linear in (layer.qkv, layer.out)]
         if not isinstance(head, NativeLinear) or not all(isinstance(x, NativeLinear) for x in around):
             return None
+        pdcpu.compute_with(self._library)
         return NativeStack(self, self._library, self._model, layers, final_norm_E, head)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from pdcpu import library as pdcpu
 
 from kvtransfer.protocol import PoolRegion
 from kvtransfer.service import TransferService
@@ -56,7 +57,7 @@ class Pulse:
 
 
 class RunningWorker:
-    """Started by `prefill.worker.start_prefill_worker` or `decode.worker.start_decode_worker`."""
+    """Started by `pdserve.elastic.worker.start_worker`."""
 
     def __init__(
         self,
@@ -181,7 +182,11 @@ def launch(
             alone_s=spec.config.cluster.linger_s or None,
             on_alone=inbox.stop,
         )
-        lender = None if spec.core_share is None else CoreLender(spec.core_share, torch.set_num_threads)
+        lender = None
+        if spec.core_share is not None:
+            native = pdcpu.computing()
+            set_helpers = None if native is None else native.set_helpers
+            lender = CoreLender(spec.core_share, torch.set_num_threads, set_helpers)
         loop = ComputeLoop(
             role=role,
             host=host,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from pdcpu.library import HelperCore
 
 from pdserve.worker.cores import CoreLender, CoreShare
 
@@ -120,3 +122,32 @@ def test_core_numbers_may_be_indices_into_what_a_process_may_use() -> None:
     placed = share.among({4, 6, 9})
     assert placed.cores == (4, 6)
     assert placed.others == ((1, (4, 9)),)
+
+
+def test_helpers_of_our_own_kernels_stand_on_every_core_and_look_at_its_owners(tmp_path: Path) -> None:
+    first, second = two_cores()
+    board = tmp_path / "cores"
+    others = ((1, (second,)), (3, (second, 77)))
+    given: list[Sequence[HelperCore]] = []
+    threads: list[int] = []
+
+    def work() -> None:
+        share = CoreShare(board=board, index=0, cores=(first, 55), others=others, borrows=False)
+        prefill = CoreLender(share, threads.append, given.append)
+        decode = CoreLender(CoreShare(board=board, index=3, cores=(second,), others=(), borrows=False), print)
+        helpers = {helper.cpu: helper.owners for helper in given[0]}
+        assert {core: len(owners) for core, owners in helpers.items()} == {55: 0, second: 2, 77: 1}
+        busy = ctypes.c_uint8.from_address(helpers[77][0])
+        assert busy.value == 0
+        decode.enter()
+        assert busy.value == 1
+        prefill.enter()
+        assert os.sched_getaffinity(0) == {first}, "the compute thread leaves the other cores to the helpers"
+        decode.leave()
+        assert busy.value == 0
+        del busy
+        prefill.close()
+
+    on_a_thread(work)
+    assert threads == [1]
+    assert list(given[-1]) == []
