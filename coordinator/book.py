@@ -16,9 +16,10 @@ from coordinator.sla import Goal
 from coordinator.stories import Stories
 from coordinator.tenants import Tenants
 from coordinator.waiting import WaitingQueue
-from pdserve.core.config import Admission, TenantSettings
+from pdserve.core.config import Admission
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.messages import Orphaned
+from pdserve.core.sla_settings import TenantSettings
 
 _USUAL_ANSWER: Final = 256.0
 """Tokens that an answer is expected to have before any has ended."""

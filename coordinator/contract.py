@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from pdserve.core.config import SlaClassSettings
 from pdserve.core.errors import InvalidRequest
 from pdserve.core.proto.pdserve.v1 import generation_pb2 as pb
+from pdserve.core.sla_settings import SlaClassSettings
 
 MAX_TARGET_MS: Final = 86_400_000.0
 _NO_CLASS: Final = SlaClassSettings()

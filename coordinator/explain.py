@@ -49,6 +49,8 @@ def explanation(
     predicted = [*[{}] * (len(decisions) - len(story.elsewhere)), *story.elsewhere]
     for decision, elsewhere in zip(decisions, predicted[-len(decisions) :] if decisions else (), strict=True):
         wire.decisions.append(_decision(decision, elsewhere, began, decision.attempt - first))
+    if story.report is not None and story.report.prefill_s is not None:
+        _begin_of_prompt(wire, story.report.prefill_s)
     if running is not None and story.report is None:
         wire.attempts.append(_running(running, began, now, running.id.epoch - first))
     if story.report is not None:
@@ -59,6 +61,15 @@ def explanation(
         wire.outcome = type(outcome).__name__ if failed else outcome.value  # type: ignore[union-attr]  # narrowed
         wire.error = str(outcome) if failed else ""
     return wire
+
+
+def _begin_of_prompt(wire: pb.Explanation, prefill_s: float) -> None:
+    """A worker tells that it began with the first chunk when that is done: computing began before."""
+    for attempt in reversed(wire.attempts):
+        if attempt.HasField("prefill_end_s"):
+            began = max(attempt.prefill_end_s - prefill_s, attempt.start_s)
+            attempt.prefill_start_s = min(attempt.prefill_start_s, began)
+            return
 
 
 def _phases(story: Story, began: float, now: float) -> Iterator[pb.ExplainPhase]:

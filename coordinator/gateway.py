@@ -28,11 +28,11 @@ from coordinator.metrics import Metrics
 from coordinator.models import LoadedModel
 from coordinator.whole import WholeAnswer
 from coordinator.wire import status_of
-from pdserve.core.config import SlaClassSettings
 from pdserve.core.errors import InvalidRequest, PdServeError
 from pdserve.core.messages import Role
 from pdserve.core.proto.pdserve.v1 import generation_pb2 as pb
 from pdserve.core.sampling import SamplingLimits
+from pdserve.core.sla_settings import SlaClassSettings
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Gateway:
         return whole.response(model=self._name_of(request))
 
     async def list_models(self, _request: pb.ListModelsRequest, _context: Context) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=[self._card(model) for model in self._models.values()])
+        return pb.ListModelsResponse(models=map(self._card, self._distinct()))
 
     # --- one request --------------------------------------------------------------------------------
 
@@ -188,6 +188,10 @@ class Gateway:
         asked = "" if isinstance(request, Malformed) else request.model
         return validation.find_model(asked, self._models).served.name
 
+    def _distinct(self) -> list[LoadedModel]:
+        """Each model once, whatever the number of its names."""
+        return [model for name, model in self._models.items() if name == model.served.name]
+
     def _card(self, model: LoadedModel) -> pb.ModelCard:
         name, fleet = model.served.name, self._dispatcher.registry.fleet
         decoders = fleet.of(name, Role.DECODE)
@@ -199,6 +203,8 @@ class Gateway:
             prefill_workers=len(fleet.of(name, Role.PREFILL)),
             decode_workers=len(decoders),
             ready=any(worker.takes_decode() for worker in decoders),
+            aliases=model.served.aliases,
+            sla_classes=sorted(self._settings.classes.keys() | model.served.classes.keys()),
         )
 
     async def _abort(self, context: Context, error: PdServeError) -> NoReturn:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from pdserve.core.config import SlaClassSettings
 from pdserve.core.errors import CheckpointError, ConfigError
+from pdserve.core.sla_settings import SlaClassSettings
 from pdserve.text import generation_defaults
 from pdserve.text.generation_defaults import GenerationDefaults
 from pdserve.text.json_file import read_object_if_there
@@ -33,7 +33,16 @@ class ServedModel:
     """Before the coordinator's."""
 
     @classmethod
-    def from_dir(cls, model_dir: Path, *, name: str | None = None, max_model_len: int | None = None) -> Self:
+    def from_dir(
+        cls,
+        model_dir: Path,
+        *,
+        name: str | None = None,
+        aliases: tuple[str, ...] = (),
+        max_model_len: int | None = None,
+        classes: Mapping[str, SlaClassSettings] | None = None,
+        default_class: str | None = None,
+    ) -> Self:
         """`name` is the directory's by default, `max_model_len` the checkpoint's own.
 
         Raises `CheckpointError` when config.json is missing or says too little, `ConfigError` when
@@ -53,7 +62,15 @@ class ServedModel:
             model_dir=model_dir,
             max_model_len=max_model_len or own,
             vocab_size=vocab_size,
+            aliases=aliases,
+            classes=classes or {},
+            default_class=default_class,
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that clients may use, its own first."""
+        return (self.name, *self.aliases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class Coordinator:
         self._ray_targets = ray_targets
         if not models:
             raise ConfigError("a coordinator needs at least one model")
-        names = [model.name for model in models]
+        names = [name for model in models for name in model.names]
         if len(set(names)) != len(names):
             raise ConfigError(f"model names must differ, got {', '.join(names)}")
         self._config, self._served = config, tuple(models)
@@ -82,7 +82,7 @@ class Coordinator:
     async def start(self) -> Endpoints:
         """Load tokenizers and listen. Raises `CheckpointError`, or `ConfigError` when a port is taken."""
         loaded = await asyncio.gather(*(asyncio.to_thread(LoadedModel.load, m) for m in self._served))
-        models = {model.served.name: model for model in loaded}
+        models = {name: model for model in loaded for name in model.served.names}
         settings = self._config.coordinator
         tracer = make_tracer(self._config.tracing)
         dispatcher = Dispatcher(
@@ -189,7 +189,7 @@ class Coordinator:
         if self._running is None:
             return
         fleet = self._running.dispatcher.registry.fleet
-        up = {model.name: bool(fleet.of(model.name, Role.DECODE)) for model in self._served}
+        up = {name: bool(fleet.of(model.name, Role.DECODE)) for model in self._served for name in model.names}
         for name, serving in itertools.chain(up.items(), ((n, all(up.values())) for n in ("", SERVICE))):
             status = "SERVING" if serving else "NOT_SERVING"
             await self._health.set(name, health_pb2.HealthCheckResponse.ServingStatus.Value(status))

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from pdserve.core.config import TenantSettings
 from pdserve.core.errors import Overloaded
+from pdserve.core.sla_settings import TenantSettings
 
 ANYONE: Final = "*"
 """Whose settings hold for each tenant that has none of its own."""

@@ -52,8 +52,8 @@ class Checked:
 
 
 def find_model(name: str, models: Mapping[str, LoadedModel]) -> LoadedModel:
-    """Raises `ModelNotFound`; an empty name is the only model there is."""
-    if not name and len(models) == 1:
+    """By any of its names. Raises `ModelNotFound`; an empty name is the only model there is."""
+    if not name and len({model.served.name for model in models.values()}) == 1:
         return next(iter(models.values()))
     if name not in models:
         raise ModelNotFound(name, list(models))

@@ -15,7 +15,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -27,12 +27,13 @@ from coordinator.service import Coordinator
 from pdserve.cluster import kept_ray
 from pdserve.cluster.keeper import KeeperSpec
 from pdserve.cluster.placement import Node, PlacementPlan, plan_placement
-from pdserve.cluster.ray_host import RayHost
+from pdserve.cluster.ray_host import HostedModel, RayHost
 from pdserve.cluster.ray_session import RaySession, close_session, join_kept, open_session
 from pdserve.cluster.supervisor import Supervisor
-from pdserve.core.config import ServeConfig, SpeculativeMethod
-from pdserve.core.errors import ConfigError
+from pdserve.core.config import ModelEntry, ServeConfig, SpeculativeMethod
+from pdserve.core.errors import ConfigError, PdServeError
 from pdserve.core.ids import WorkerId
+from pdserve.core.logs import BackgroundLog, handler_of
 from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.models import store
 from pdserve.worker.hosting import Progress
@@ -48,6 +49,8 @@ _WORKER_ENV: Final = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Set for this process and every worker, unless they are set already. Weights come from the model store."""
+COORDINATOR_LOG: Final = "pdserve-coordinator.log"
+"""In the folder of Ray's log files."""
 STOP_GRACE_S: Final = 5.0
 """Ending the workers, and then Ray, gets at most this long; running requests get `coordinator.grace_s`."""
 _SILENCE_PER_HEARTBEAT_TIMEOUT: Final = 2.0
@@ -92,7 +95,8 @@ class Deployment:
 
     config: ServeConfig
     model: str
-    """The name clients ask for."""
+    """The name clients ask for; of several models the first one's."""
+    models: tuple[ServedModel, ...]
     grpc: str
     metrics_port: int
     dashboard_url: str | None
@@ -100,7 +104,13 @@ class Deployment:
     """The dashboard asks for what is in this file."""
     plan: PlacementPlan
     coordinator: Coordinator
-    supervisor: Supervisor
+    supervisors: tuple[Supervisor, ...]
+    """One per model."""
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """The first model's."""
+        return self.supervisors[0]
 
 
 @contextlib.asynccontextmanager
@@ -113,15 +123,13 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
     environment = read_environment()
     refuse_slow_allocator(environment)
     _require_free_port("coordinator.port (--port)", config.coordinator.host, config.coordinator.port)
-    model_dir = await asyncio.to_thread(resolve_model, config, environment, report)
-    draft_model_dir = await asyncio.to_thread(resolve_draft_model, config, environment, report)
-    served = ServedModel.from_dir(
-        model_dir, name=config.model.served_model_name, max_model_len=config.model.max_model_len
-    )
-    identity = identity_of(config, model_dir)
+    hosted = [await asyncio.to_thread(hosted_model, one, environment, report) for one in config.of_each_model]
+    served = served_models(config, hosted)
+    identity = identity_of(config, [model.model_dir for model in hosted])
     async with contextlib.AsyncExitStack() as stack:
         session = _start_ray(config, environment, report, identity)
         stack.callback(close_session, session, grace_s=STOP_GRACE_S)
+        stack.callback(_log_to_files(config, session).close)
         report("ray", "Ray runs", 1.0)
         plan = plan_placement(config, session.nodes())
         host = RayHost(session, plan, config, hosted, _worker_progress(report), identity)
@@ -149,15 +157,55 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
             session.keeper.linger()
         yield Deployment(
             config=config,
-            model=served.name,
+            model=served[0].name,
+            models=served,
             grpc=endpoints.grpc,
             metrics_port=endpoints.metrics_port,
             dashboard_url=session.dashboard_url,
             dashboard_token_file=_write_token(session) if session.local else None,
             plan=plan,
             coordinator=coordinator,
-            supervisor=supervisor,
+            supervisors=supervisors,
         )
+
+
+def hosted_model(config: ServeConfig, environment: Environment, report: Report) -> HostedModel:
+    """Where the files of a configuration's one model are, fetched on first use."""
+    return HostedModel(
+        config=config,
+        model_dir=resolve_model(config, environment, report),
+        draft_model_dir=resolve_draft_model(config, environment, report),
+    )
+
+
+def served_models(config: ServeConfig, hosted: Sequence[HostedModel]) -> tuple[ServedModel, ...]:
+    """What the coordinator must know of each. Raises `CheckpointError` or `ConfigError`."""
+    entries = config.models or (ModelEntry(),)
+    return tuple(
+        ServedModel.from_dir(
+            model.model_dir,
+            name=next(iter(model.config.model.served_names), None),
+            aliases=model.config.model.served_names[1:],
+            max_model_len=model.config.model.max_model_len,
+            classes=entry.classes,
+            default_class=entry.default_class,
+        )
+        for model, entry in zip(hosted, entries, strict=True)
+    )
+
+
+async def _start_all(supervisors: Sequence[Supervisor]) -> None:
+    """All at once; the first that fails ends the others' starts."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for supervisor in supervisors:
+                group.create_task(supervisor.start())
+    except* PdServeError as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _stop_all(supervisors: Sequence[Supervisor]) -> None:
+    await asyncio.gather(*(supervisor.stop(STOP_GRACE_S) for supervisor in supervisors))
 
 
 async def try_ray(config: ServeConfig) -> list[Node]:
@@ -254,12 +302,13 @@ def _silent(what: str, text: str, fraction: float | None = None) -> None:
     """A `Report` that says nothing."""
 
 
-def identity_of(config: ServeConfig, model_dir: Path) -> str:
+def identity_of(config: ServeConfig, model_dirs: Sequence[Path]) -> str:
     """What a worker was started with, in one word: with the same, the next launcher can take it over."""
     settings = config.model_dump_json(
         exclude={"coordinator": True, "cluster": {"dashboard", "dashboard_port"}, "seed": True}
     )
-    described = f"{PROTOCOL_VERSION} {model_dir.resolve()} {settings}"
+    where = " ".join(str(model_dir.resolve()) for model_dir in model_dirs)
+    described = f"{PROTOCOL_VERSION} {where} {settings}"
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
@@ -284,7 +333,7 @@ def _start_ray(
     if own_token:
         # Ray would write a token into the home directory, for every cluster of this user, and say so.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    workers = config.prefill.workers + config.decode.workers
+    workers = sum(one.prefill.workers + one.decode.workers for one in config.of_each_model)
     num_cpus = max(usable_cores(), workers * (config.cluster.cpus_per_worker or 1))
     if kept:
         spec = KeeperSpec(
@@ -303,6 +352,18 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _log_to_files(config: ServeConfig, session: RaySession) -> BackgroundLog:
+    """Beside the workers' files, so that Ray's dashboard shows it; and as JSON to the terminal if wanted."""
+    settings = config.logging
+    handlers: list[logging.Handler] = []
+    if session.log_dir is not None and os.access(session.log_dir, os.W_OK):
+        handlers.append(handler_of(settings, origin="coordinator", file=session.log_dir / COORDINATOR_LOG))
+    if settings.format is LogFormat.HUMAN:
+        return BackgroundLog(settings, handlers)
+    handlers.append(handler_of(settings, origin="coordinator"))
+    return BackgroundLog(settings, handlers, muted=tuple(logging.getLogger().handlers))
 
 
 def _write_token(session: RaySession) -> Path | None:

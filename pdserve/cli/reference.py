@@ -78,6 +78,11 @@ def configuration_page() -> str:
                 entry = _entry_type(inner.annotation)
                 if entry is not None:
                     lines += ["", f"### {name}.{key}.NAME", "", *_TABLE_HEAD, *_rows(entry)]
+        elif name == "models":
+            entry = _entry_type(section)
+            assert entry is not None
+            text = " ".join((field.description or "").split())
+            lines += ["", "## models", "", "A list. " + text, "", *_TABLE_HEAD, *_rows(entry)]
         else:
             plain.append(_row(name, field))
     lines += ["", "## Top level", "", *_TABLE_HEAD, *plain]
@@ -116,20 +121,23 @@ def type_name(annotation: Any) -> str:
         return " or ".join(type_name(part) for part in typing.get_args(annotation))
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
-    if origin is dict:
-        return "mapping"
+    if origin in (dict, tuple):
+        return "mapping" if origin is dict else "list"
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return ", ".join(f"`{member.value}`" for member in annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "nothing"}
     return names.get(annotation, str(annotation))
 
 
 def _entry_type(annotation: Any) -> type[BaseModel] | None:
-    """What a mapping from names to settings holds; None for anything else."""
+    """What a mapping from names to settings, or a list of them, holds; None for anything else."""
     if typing.get_origin(annotation) is typing.Annotated:
         annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) is dict:
-        value = typing.get_args(annotation)[1]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (dict, tuple):
+        value = arguments[origin is dict]
         if isinstance(value, type) and issubclass(value, BaseModel):
             return value
     return None
@@ -149,6 +157,8 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
         return "nothing"
+    if isinstance(value, BaseModel):
+        return "the section's"
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, dict) and value:

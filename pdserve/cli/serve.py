@@ -100,15 +100,17 @@ async def _until_told_to_stop() -> None:
 def _announce(deployment: Deployment) -> None:
     plan = deployment.plan
     where = f"{plan.gpus_per_worker:g} GPU" if plan.uses_gpus else f"{plan.cpus_per_worker} core"
-    ERR.print(
-        f"[bold green]ready[/]  {escape(deployment.model)}: {len(plan.prefill)} prefill + {len(plan.decode)} "
-        f"decode workers, {where} each"
-    )
+    for index, model in enumerate(deployment.models):
+        prefill, decode = (sum(slot.model == index for slot in role) for role in (plan.prefill, plan.decode))
+        names = model.name + (f" (also {', '.join(model.aliases)})" if model.aliases else "")
+        workers = f"{prefill} prefill + {decode} decode workers, {where} each"
+        ERR.print(f"[bold green]ready[/]  {escape(names)}: {workers}")
     ERR.print(f"  gRPC       {deployment.grpc}")
     ERR.print(f"  metrics    http://127.0.0.1:{deployment.metrics_port}/metrics")
     if deployment.dashboard_url:
         token = deployment.dashboard_token_file
         ERR.print(f"  dashboard  {deployment.dashboard_url}" + (f" (its token: {token})" if token else ""))
     address = "" if deployment.grpc == "127.0.0.1:50051" else f" --address {deployment.grpc}"
-    ERR.print(f'  ask it     pdserve generate "Why is the sky blue?"{address}')
+    named = f" --model {deployment.model}" if len(deployment.models) > 1 else ""
+    ERR.print(f'  ask it     pdserve generate "Why is the sky blue?"{escape(named)}{address}')
     ERR.print("  stop it    Ctrl-C")

@@ -136,6 +136,9 @@ class Model:
     prefill_workers: int
     decode_workers: int
     ready: bool
+    aliases: tuple[str, ...] = ()
+    """Other names that requests may use."""
+    sla_classes: tuple[str, ...] = ()
 
 
 def delta_from(wire: pb.GenerateDelta) -> Delta:
@@ -175,6 +178,8 @@ def model_from(wire: pb.ModelCard) -> Model:
         prefill_workers=wire.prefill_workers,
         decode_workers=wire.decode_workers,
         ready=wire.ready,
+        aliases=tuple(wire.aliases),
+        sla_classes=tuple(wire.sla_classes),
     )
 
 

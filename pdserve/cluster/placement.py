@@ -40,6 +40,8 @@ class WorkerSlot:
     worker: WorkerId
     role: Role
     index: int
+    model: int = 0
+    """Which of the configured models it serves, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +96,9 @@ def node_from_resources(node_id: str, host: str, resources: Mapping[str, float])
 
 def plan_placement(config: ServeConfig, nodes: Sequence[Node]) -> PlacementPlan:
     """Divide the cluster among the workers, or raise `ConfigError` that says what is missing."""
-    prefill = tuple(_slot(Role.PREFILL, index) for index in range(config.prefill.workers))
-    decode = tuple(_slot(Role.DECODE, index) for index in range(config.decode.workers))
+    each = config.of_each_model
+    prefill = _slots(Role.PREFILL, [one.prefill.workers for one in each])
+    decode = _slots(Role.DECODE, [one.decode.workers for one in each])
     num_workers = len(prefill) + len(decode)
     wanted_type = config.cluster.accelerator_type
     if wanted_type is not None:
@@ -138,8 +141,13 @@ def core_slots(
     return pinned
 
 
-def _slot(role: Role, index: int) -> WorkerSlot:
-    return WorkerSlot(worker=WorkerId(f"{role.value}-{index}"), role=role, index=index)
+def _slots(role: Role, counts: Sequence[int]) -> tuple[WorkerSlot, ...]:
+    """The workers of one role: the first model's, then the next one's, numbered throughout."""
+    models = [model for model, count in enumerate(counts) for _ in range(count)]
+    return tuple(
+        WorkerSlot(worker=WorkerId(f"{role.value}-{index}"), role=role, index=index, model=model)
+        for index, model in enumerate(models)
+    )
 
 
 def _nodes_with(accelerator: str, nodes: Sequence[Node]) -> list[Node]:

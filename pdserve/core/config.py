@@ -15,20 +15,14 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
 from pdserve.core.errors import ConfigError
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from pdserve.core.settings import Frozen, PositiveInt, Seconds
+from pdserve.core.sla_settings import STANDARD_CLASSES, Classes, SlaClassSettings, TenantSettings
 
 
 class DType(StrEnum):
@@ -85,11 +79,11 @@ class Verify(StrEnum):
     AUTO = "auto"
 
 
-class ModelSettings(_Frozen):
+class ModelSettings(Frozen):
     model: str = "SmolLM2-135M-Instruct"
     """A Hugging Face checkpoint directory, a .gguf file, or a name that `pdserve models list` shows."""
-    served_model_name: str | None = None
-    """Name that clients use; the directory's name by default."""
+    served_model_name: str | tuple[str, ...] | None = None
+    """Name that clients use, or several: answers and metrics have the first. The directory's by default."""
     dtype: DType = DType.AUTO
     """auto: the checkpoint's own."""
     max_model_len: PositiveInt | None = None
@@ -97,8 +91,14 @@ class ModelSettings(_Frozen):
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the right shape, for measuring."""
 
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """Empty: that of the model's directory."""
+        names = self.served_model_name
+        return () if names is None else (names,) if isinstance(names, str) else names
 
-class CacheSettings(_Frozen):
+
+class CacheSettings(Frozen):
     block_size: PositiveInt = 64
     """Tokens per KV block."""
     num_blocks: PositiveInt | None = None
@@ -117,7 +117,7 @@ class CacheSettings(_Frozen):
     """Where: a directory on a local disk. Each worker has its own in it."""
 
 
-class PrefillSettings(_Frozen):
+class PrefillSettings(Frozen):
     workers: Annotated[int, Field(ge=0)] = 1
     """0: decode workers read prompts themselves."""
     max_num_batched_tokens: PositiveInt = 512
@@ -126,7 +126,7 @@ class PrefillSettings(_Frozen):
     """Prompts read in one step at most."""
 
 
-class DecodeSettings(_Frozen):
+class DecodeSettings(Frozen):
     workers: PositiveInt = 1
     """Processes that write answers."""
     max_num_seqs: PositiveInt = 64
@@ -153,7 +153,7 @@ class SpeculativeMethod(StrEnum):
     DRAFT_MODEL = "draft_model"
 
 
-class SpeculativeSettings(_Frozen):
+class SpeculativeSettings(Frozen):
     method: Annotated[SpeculativeMethod, BeforeValidator(_off)] = SpeculativeMethod.OFF
     """Decode workers check several guessed tokens in one step; the answers are those that they would give
     without. ngram: what followed the same words earlier in prompt or answer. draft_model: a small model."""
@@ -188,7 +188,7 @@ def _ucx_names(options: dict[str, str]) -> dict[str, str]:
     return options
 
 
-class TransferSettings(_Frozen):
+class TransferSettings(Frozen):
     backend: TransferBackendName = TransferBackendName.NIXL
     """nixl moves between processes and machines; local and fake join workers of one process, for tests."""
     layer_groups: PositiveInt = 4
@@ -210,74 +210,7 @@ class TransferSettings(_Frozen):
     worker's environment wins."""
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class SlaClassSettings(_Frozen):
-    """What requests of a class want, where they do not say so themselves."""
-
-    ttft_target_ms: Positive | None = None
-    """From arrival to the first token."""
-    tpot_target_ms: Positive | None = None
-    """Mean time per token after the first."""
-    tokens_per_second: Positive | None = None
-    """The same, as a speed: give one of the two."""
-    deadline_s: Seconds | None = None
-    """A request that has not ended by then fails."""
-    priority: int | None = None
-    """Lower is more urgent; 0 where neither the request nor its class says."""
-    preemptible: bool | None = None
-    """May be interrupted by a more urgent request that would come too late otherwise, and goes on later with
-    the tokens it has. No, where neither the model's class nor the coordinator's says."""
-    queue_ttl_s: Seconds | None = None
-    """Refused when it has waited this long without having begun; coordinator.queue_ttl_s by default."""
-
-    @model_validator(mode="after")
-    def _one_speed(self) -> Self:
-        if self.tpot_target_ms is not None and self.tokens_per_second is not None:
-            raise ValueError("give tpot_target_ms or tokens_per_second, not both")
-        return self
-
-
-class TenantSettings(_Frozen):
-    """What one tenant may use. A request of `n` samples counts n times."""
-
-    weight: Positive = 1.0
-    """Share of the tokens, against the other tenants that wait with the same priority."""
-    max_requests_per_s: Positive | None = None
-    """More are refused, once `burst_s` seconds' worth have come at once."""
-    max_tokens_per_s: Positive | None = None
-    """Prompt and answer together; an answer is counted by its expected length until it has ended."""
-    burst_s: Seconds = 10.0
-    """How many seconds' worth of the rates may come at once."""
-    max_concurrent: PositiveInt | None = None
-    """More running or waiting at the same time are refused."""
-    max_queued: PositiveInt | None = None
-    """More waiting at the same time are refused."""
-
-
-_CLASSES: Final = {
-    "interactive": SlaClassSettings(priority=0),
-    "batch": SlaClassSettings(priority=10, preemptible=True),
-}
-
-
-def _with_standard_classes(given: object) -> object:
-    """What is given of `interactive` and `batch` is laid over what they are."""
-    if not isinstance(given, dict):
-        return given
-    merged: dict[str, object] = {name: standard.model_dump() for name, standard in _CLASSES.items()}
-    for name, fields in given.items():
-        standard = merged.get(name)
-        laid_over = isinstance(standard, dict) and isinstance(fields, dict)
-        merged[name] = {**standard, **fields} if laid_over else fields  # type: ignore[dict-item]
-    return merged
-
-
-Classes = Annotated[dict[str, SlaClassSettings], BeforeValidator(_with_standard_classes)]
-
-
-class CoordinatorSettings(_Frozen):
+class CoordinatorSettings(Frozen):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
@@ -302,7 +235,7 @@ class CoordinatorSettings(_Frozen):
     class is preemptible."""
     max_preemptions: Annotated[int, Field(ge=0)] = 3
     """A request is interrupted this often at most."""
-    classes: Classes = Field(default_factory=lambda: dict(_CLASSES))
+    classes: Classes = Field(default_factory=lambda: dict(STANDARD_CLASSES))
     """Service classes that requests name with sla_class, by name. Those here are added to `interactive`
     (priority 0) and `batch` (priority 10, preemptible), or replace them."""
     default_class: str | None = None
@@ -336,7 +269,7 @@ class CoordinatorSettings(_Frozen):
         return self
 
 
-class ClusterSettings(_Frozen):
+class ClusterSettings(Frozen):
     address: str = "local"
     """`local` starts Ray on this machine; `auto` or host:port joins a running cluster."""
     accelerator_type: str | None = None
@@ -374,7 +307,7 @@ class TraceExporter(StrEnum):
     OTLP_HTTP = "otlp_http"
 
 
-class LoggingSettings(_Frozen):
+class LoggingSettings(Frozen):
     format: LogFormat = LogFormat.HUMAN
     """Of log files and of the terminal: json is one object per line, for log collectors."""
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -383,7 +316,7 @@ class LoggingSettings(_Frozen):
     """A line for each step of each request, with its id, on the coordinator and on its workers."""
 
 
-class TracingSettings(_Frozen):
+class TracingSettings(Frozen):
     exporter: TraceExporter = TraceExporter.NONE
     """Where spans go. The otlp exporters need `pip install pdserve[otel]`."""
     endpoint: str | None = None
@@ -400,7 +333,7 @@ class TracingSettings(_Frozen):
         return self
 
 
-class CostSettings(_Frozen):
+class CostSettings(Frozen):
     currency: str = "USD"
     """Name of the money that prices are in."""
     device_hour: Annotated[float, Field(ge=0)] = 0.0
@@ -416,7 +349,28 @@ class CostSettings(_Frozen):
         return self.device_hour if self.prefill_device_hour is None else self.prefill_device_hour
 
 
-class ServeConfig(_Frozen):
+class ModelEntry(ModelSettings):
+    """One of several models behind one endpoint. What it leaves open is as in the sections above."""
+
+    cache: CacheSettings = CacheSettings()
+    """As the section; memory_gib and gpu_memory_utilization say how models share a device."""
+    prefill: PrefillSettings = PrefillSettings()
+    """As the section: its own workers."""
+    decode: DecodeSettings = DecodeSettings()
+    """As the section: its own workers."""
+    speculative: SpeculativeSettings = SpeculativeSettings()
+    """As the section."""
+    classes: dict[str, SlaClassSettings] = Field(default_factory=dict)
+    """What service classes mean for this model; the rest of a class is as in coordinator.classes."""
+    default_class: str | None = None
+    """Class of a request that names none; coordinator.default_class by default."""
+
+
+_OF_EACH_MODEL: Final = ("cache", "prefill", "decode", "speculative")
+_SHARED_MODEL_KEYS: Final = ("dtype", "max_model_len", "load_format")
+
+
+class ServeConfig(Frozen):
     """Everything `pdserve serve` can be told. Flags override the file."""
 
     model: ModelSettings = ModelSettings()
@@ -432,6 +386,66 @@ class ServeConfig(_Frozen):
     cost: CostSettings = CostSettings()
     seed: int = 0
     """Seeds routing and dummy weights; request seeds are their own."""
+    models: tuple[ModelEntry, ...] = ()
+    """Several models instead of one, each with workers of its own. The sections `model` (but for its name),
+    `cache`, `prefill`, `decode` and `speculative` are what an entry begins with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_sections(cls, data: Any) -> Any:
+        entries = data.get("models") if isinstance(data, dict) else None
+        if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
+            return data
+        shared = {name: _mapping(data.get(name)) for name in ("model", *_OF_EACH_MODEL)}
+        merged = [_laid_over(shared, entry) for entry in entries]
+        if not merged:
+            return data
+        first = {key: value for key, value in merged[0].items() if key in ModelSettings.model_fields}
+        named = {"model", "served_model_name"} & shared["model"].keys()
+        if any(shared["model"][key] != first.get(key) for key in named):
+            raise ValueError("give model.model (or --model) or models, not both")
+        return {**data, "models": merged, "model": {**shared["model"], **first}}
+
+    @model_validator(mode="after")
+    def _known_default_classes(self) -> Self:
+        for index, entry in enumerate(self.models):
+            known = self.coordinator.classes.keys() | entry.classes.keys()
+            if entry.default_class is not None and entry.default_class not in known:
+                names = ", ".join(sorted(known))
+                raise ValueError(f"models.{index}.default_class: {entry.default_class!r} is none of {names}")
+        return self
+
+    @property
+    def of_each_model(self) -> tuple[ServeConfig, ...]:
+        """For each model a configuration as if it were the only one."""
+        if not self.models:
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={
+                    "models": (),
+                    "model": ModelSettings(**{k: getattr(entry, k) for k in ModelSettings.model_fields}),
+                    **{name: getattr(entry, name) for name in _OF_EACH_MODEL},
+                }
+            )
+            for entry in self.models
+        )
+
+
+def _mapping(section: object) -> dict[str, Any]:
+    if isinstance(section, BaseModel):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, dict) else {}
+
+
+def _laid_over(shared: dict[str, dict[str, Any]], entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `models`, with what the sections say where it says nothing."""
+    merged = {key: shared["model"][key] for key in _SHARED_MODEL_KEYS if key in shared["model"]} | entry
+    for name in _OF_EACH_MODEL:
+        own = entry.get(name)
+        if own is None or isinstance(own, dict):
+            merged[name] = {**shared[name], **(own or {})}
+    return merged
 
 
 def load_config(path: Path | None, overrides: dict[str, dict[str, Any]]) -> ServeConfig:
@@ -467,6 +481,8 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], value: object) -> None:
 def _one_line(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        parts.append(f"{where}: {item['msg']} (got {item['input']!r})")
+        where, what = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        # Of a whole section it is said what is wrong; all of it would be no help.
+        got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+        parts.append(f"{where}: {what}{got}" if where else f"{what}{got}")
     return "; ".join(parts)

@@ -80,7 +80,9 @@ class ModelNotFound(PdServeError):
 
     def __init__(self, model: str, known: Sequence[str]) -> None:
         self.model, self.known = model, tuple(known)
-        super().__init__(f"model {model!r} is not here; known: {', '.join(sorted(known)) or 'none'}")
+        names = ", ".join(sorted(known)) or "none"
+        what = f"model {model!r} is not here; known" if model else "several models are served, name one"
+        super().__init__(f"{what}: {names}")
 
 
 class RequestNotFound(PdServeError):

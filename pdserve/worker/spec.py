@@ -36,4 +36,5 @@ class WorkerSpec:
     @property
     def model_name(self) -> str:
         """As clients know it."""
-        return self.config.model.served_model_name or self.model_dir.name
+        names = self.config.model.served_names
+        return names[0] if names else self.model_dir.name

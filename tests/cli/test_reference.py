@@ -11,7 +11,7 @@ from tests.support.paths import REPO
 
 KNOBS = """
 model.model                      text                = `SmolLM2-135M-Instruct`
-model.served_model_name          text or nothing     = nothing
+model.served_model_name          text or list or nothing = nothing
 model.dtype                      `auto`, `bfloat16`, `float16`, `float32` = `auto`
 model.max_model_len              integer or nothing  = nothing
 model.load_format                `auto`, `dummy`     = `auto`
@@ -101,6 +101,7 @@ cost.device_hour                 number              = `0.0`
 cost.prefill_device_hour         number or nothing   = nothing
 cost.kv_gib_hour                 number              = `0.0`
 seed                             integer             = `0`
+models                           list                = `()`
 """
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from coordinator.book import RegistrySettings
-from pdserve.core.config import Admission, RoutingPolicy, TenantSettings
+from pdserve.core.config import Admission, RoutingPolicy
 from pdserve.core.errors import Overloaded
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.messages import Cancel, Preempt, Role, StartDecode
+from pdserve.core.sla_settings import TenantSettings
 from tests.support.model_workers import continuation
 from tests.support.registry_world import SETTINGS, World, new_request
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from coordinator.contract import Classes, Contract, resolve
-from pdserve.core.config import CoordinatorSettings, SlaClassSettings
+from pdserve.core.config import CoordinatorSettings
 from pdserve.core.errors import InvalidRequest
 from pdserve.core.proto.pdserve.v1 import generation_pb2 as pb
+from pdserve.core.sla_settings import SlaClassSettings
 
 CLASSES = {
     "gold": SlaClassSettings(ttft_target_ms=500, tokens_per_second=20, deadline_s=30, priority=-1),

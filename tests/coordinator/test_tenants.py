@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coordinator.tenants import Tenants
-from pdserve.core.config import TenantSettings
 from pdserve.core.errors import Overloaded
+from pdserve.core.sla_settings import TenantSettings
 
 
 def refusal(tenants: Tenants, tenant: str = "a", **asked: float) -> Overloaded | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,10 @@ def test_targets_and_tenant_are_carried_along(tmp_path: Path) -> None:
 def test_the_model_may_be_left_out_only_when_there_is_one(tmp_path: Path) -> None:
     model = load(tmp_path)
     assert validation.find_model("", {"m": model}) is model
+    assert validation.find_model("", {"m": model, "alias": model}) is model
+    other = replace(model, served=replace(model.served, name="other"))
     with pytest.raises(ModelNotFound):
-        validation.find_model("", {"m": model, "other": model})
+        validation.find_model("", {"m": model, "other": other})
 
 
 def test_a_conversation_can_be_left_open_or_closed(tmp_path: Path) -> None:

@@ -107,3 +107,20 @@ def test_no_core_has_two_workers_while_cores_are_left(prefill: int, decode: int,
     used = [core for slots in pinned.values() for core in slots]
     assert len(used) == len(set(used))
     assert all(pinned.values())
+
+
+def test_several_models_have_workers_of_their_own_numbered_throughout() -> None:
+    entry = {"model": "x", "prefill": {"workers": 1}, "decode": {"workers": 2}}
+    several = ServeConfig.model_validate({"models": [entry, {"model": "y", "prefill": {"workers": 0}}]})
+    plan = plan_placement(several, [node(8)])
+    assert [(s.worker, s.model) for s in plan.prefill] == [("prefill-0", 0)]
+    assert [(s.worker, s.model) for s in plan.decode] == [("decode-0", 0), ("decode-1", 0), ("decode-2", 1)]
+    assert plan.cpus_per_worker == 2
+
+
+def test_small_models_share_one_gpu() -> None:
+    several = ServeConfig.model_validate(
+        {"models": [{"model": "x"}, {"model": "y", "prefill": {"workers": 0}}]}
+    )
+    plan = plan_placement(several, [node(16, 1)])
+    assert plan.gpus_per_worker == pytest.approx(1 / 3)

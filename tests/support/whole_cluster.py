@@ -119,9 +119,9 @@ class RunningDeployment:
             await self._stop.wait()
 
 
-def make_tiny_checkpoint(folder: Path, *, max_position: int = 2048) -> PreTrainedModel:
+def make_tiny_checkpoint(folder: Path, *, max_position: int = 2048, seed: int = 5) -> PreTrainedModel:
     """A random Llama with a byte tokenizer in `folder`; returns transformers' own float32 model of it."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     byte_level_dir(folder)
     config = LlamaConfig(
         vocab_size=320,

@@ -722,6 +722,8 @@ class ModelCard(message.Message):
     PREFILL_WORKERS_FIELD_NUMBER: builtins.int
     DECODE_WORKERS_FIELD_NUMBER: builtins.int
     READY_FIELD_NUMBER: builtins.int
+    ALIASES_FIELD_NUMBER: builtins.int
+    SLA_CLASSES_FIELD_NUMBER: builtins.int
     name: builtins.str
     max_model_len: builtins.int
     """Longest prompt + answer, in tokens."""
@@ -731,6 +733,14 @@ class ModelCard(message.Message):
     decode_workers: builtins.int
     ready: builtins.bool
     """Whether a request would be taken now."""
+    @builtins.property
+    def aliases(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Other names that requests may use."""
+
+    @builtins.property
+    def sla_classes(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What sla_class may be."""
+
     def __init__(
         self,
         *,
@@ -741,10 +751,12 @@ class ModelCard(message.Message):
         prefill_workers: builtins.int = ...,
         decode_workers: builtins.int = ...,
         ready: builtins.bool = ...,
+        aliases: abc.Iterable[builtins.str] | None = ...,
+        sla_classes: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["decode_workers", b"decode_workers", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "name", b"name", "prefill_workers", b"prefill_workers", "ready", b"ready", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["aliases", b"aliases", "decode_workers", b"decode_workers", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "name", b"name", "prefill_workers", b"prefill_workers", "ready", b"ready", "sla_classes", b"sla_classes", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
