@@ -54,6 +54,8 @@ _TAGGED: Final[tuple[type, ...]] = (
     messages.ReceivePrefix,
     messages.PushPrefix,
     messages.PrefixNote,
+    messages.SendPrefixes,
+    messages.PrefixEvents,
 )
 _TAG_OF: Final[dict[type, int]] = {cls: tag for tag, cls in enumerate(_TAGGED)}
 

@@ -255,6 +255,14 @@ class Preempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SendPrefixes:
+    """Something of `PrefixEvents` was missed: say all there is, as a snapshot."""
+
+    after: int
+    """Sequence number of the last ones that were heard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """A worker introduces itself, after `Hello`."""
 
@@ -483,6 +491,23 @@ class Heartbeat:
     """Of these, accepted."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixEvents:
+    """Which blocks a worker's prefix cache began and ceased to hold: to every coordinator, in order.
+
+    The first to each is a snapshot. A coordinator that misses a number asks with `SendPrefixes`.
+    """
+
+    worker: WorkerId
+    epoch: int
+    sequence: int
+    """One more than that of the events before; a snapshot's may be any."""
+    stored: bytes
+    """Keys of blocks (`pdserve.core.prefix.pack_keys`); of all that are held, in a snapshot."""
+    evicted: bytes
+    snapshot: bool
+
+
 # --- across -----------------------------------------------------------------------------------------
 
 
@@ -545,6 +570,7 @@ Down = (
     | Undrain
     | ChangeRole
     | Preempt
+    | SendPrefixes
 )
 Up = (
     Hello
@@ -563,6 +589,7 @@ Up = (
     | RoleChanged
     | Orphaned
     | Heartbeat
+    | PrefixEvents
 )
 Across = PushNote | PrefixNote
 Message = Down | Up | Across

@@ -1,45 +1,15 @@
-"""Which full blocks hold which tokens: prefix hashes, hits, and eviction.
-
-The hash of a block covers its tokens and, through the chain, every token before it and the salt (model,
-adapter, KV dtype, tenant). 128 bits of BLAKE2b: two different prefixes that meet are not expected in the life
-of a deployment, and none can be made on purpose.
-"""
+"""Which full blocks hold which tokens: hits, and eviction. Hashes are those of `pdserve.core.prefix`."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import NewType
+from dataclasses import dataclass, field
 
 from pdserve.core.errors import BlockPoolExhausted
 from pdserve.core.ids import BlockId
+from pdserve.core.prefix import BlockHash as BlockHash
+from pdserve.core.prefix import PrefixHashes as PrefixHashes
 from pdserve.engine.block_pool import CACHE_HOLDER, BlockPool, BlockState, Holder
-
-BlockHash = NewType("BlockHash", bytes)
-
-_DIGEST_BYTES = 16
-
-
-class PrefixHashes:
-    """The chained hashes of one growing sequence, each computed once."""
-
-    def __init__(self, salt: bytes, block_tokens: int) -> None:
-        self._block_tokens = block_tokens
-        self._root = blake2b(salt, digest_size=_DIGEST_BYTES, person=b"pdserve-prefix").digest()
-        self._hashes: list[BlockHash] = []
-
-    def of(self, tokens: Sequence[int]) -> list[BlockHash]:
-        """Hashes of the full blocks of `tokens`, which extend what was given before."""
-        size = self._block_tokens
-        for index in range(len(self._hashes), len(tokens) // size):
-            parent = self._hashes[-1] if self._hashes else self._root
-            chunk = array("q", tokens[index * size : (index + 1) * size])
-            self._hashes.append(
-                BlockHash(blake2b(parent + chunk.tobytes(), digest_size=_DIGEST_BYTES).digest())
-            )
-        return self._hashes[: len(tokens) // size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +28,26 @@ class HitStats:
     query_tokens: int = 0
 
 
+@dataclass(slots=True)
+class CacheJournal:
+    """Since it was read last, in no order: a block that came and went is in neither, or came again."""
+
+    stored: dict[BlockHash, None] = field(default_factory=dict)
+    evicted: dict[BlockHash, None] = field(default_factory=dict)
+
+    def came(self, digest: BlockHash) -> None:
+        if digest in self.evicted:
+            del self.evicted[digest]
+        else:
+            self.stored[digest] = None
+
+    def went(self, digest: BlockHash) -> None:
+        if digest in self.stored:
+            del self.stored[digest]
+        else:
+            self.evicted[digest] = None
+
+
 class PrefixCache:
     """Keeps full blocks after their requests until another needs the room, least recently used first.
 
@@ -68,6 +58,8 @@ class PrefixCache:
         self.stats = HitStats()
         self.on_insert: Callable[[BlockHash], object] | None = None
         """Told of every block that is kept."""
+        self.journal: CacheJournal | None = None
+        """Where what comes and goes is written down, if anybody wants to know."""
         self._pool = pool
         self._block_tokens = block_tokens
         self._enabled = enabled
@@ -76,6 +68,14 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._block_of)
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    def hashes(self) -> list[BlockHash]:
+        """Of all blocks that are kept."""
+        return list(self._block_of)
 
     def lookup(self, hashes: Sequence[BlockHash], num_tokens: int) -> list[BlockId]:
         """Blocks of the longest cached prefix of a sequence of `num_tokens` tokens.
@@ -106,6 +106,8 @@ class PrefixCache:
         self._pool.hold(block, CACHE_HOLDER)
         self._block_of[digest] = block
         self._hash_of[block] = digest
+        if self.journal is not None:
+            self.journal.came(digest)
         if self.on_insert is not None:
             self.on_insert(digest)
         return True
@@ -156,5 +158,8 @@ class PrefixCache:
         self._forget(block)
 
     def _forget(self, block: BlockId) -> None:
-        del self._block_of[self._hash_of.pop(block)]
+        digest = self._hash_of.pop(block)
+        del self._block_of[digest]
+        if self.journal is not None:
+            self.journal.went(digest)
         self._pool.release(block, CACHE_HOLDER)
