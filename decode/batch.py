@@ -77,17 +77,20 @@ class Batch:
         self._pool.release_all(run.blocks, run.computing)
         run.blocks = []
 
-    def schedule(self, now: float) -> DecodePlan | None:
-        """The next step: one token of every sequence that decodes, then chunks of those that read."""
+    def schedule(self, now: float, *, alone: bool) -> DecodePlan | None:
+        """The next step: one token of every sequence that decodes, then chunks of those that read.
+
+        alone: nothing else is computed in it. Guesses are made in steps that only decode.
+        """
         preempted_before = self.num_preemptions
         turns = list(self._decoding())
         if self.num_preemptions == preempted_before:
             self._resume_preempted()
         reading = list(self._reading(len(turns)))
-        if turns and not reading and self._speculation is not None:
+        if turns and alone and not reading and self._speculation is not None:
             self._speculation.plan(turns, self._room, self._budget - len(turns))
         turns += reading
-        return DecodePlan(turns, now) if turns else None
+        return DecodePlan(turns, now, alone=alone) if turns else None
 
     def remember(self, run: DecodeRun) -> None:
         """Offer the blocks that are full by now to the prefix cache."""

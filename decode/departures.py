@@ -11,7 +11,7 @@ The last word (`TransferDone`, or `PushesSettled` where anything went wrong) fol
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -64,11 +64,19 @@ class _Departure:
 class Departures:
     """Every migration from here, until its last word is said and it is known where the sequence runs."""
 
-    def __init__(self, pool: BlockPool, batch: Batch, peers: PeerTable, layout: GroupLayout) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        batch: Batch,
+        peers: PeerTable,
+        layout: GroupLayout,
+        *,
+        push_ids: Iterator[int],
+    ) -> None:
         self._pool, self._batch, self._peers, self._layout = pool, batch, peers, layout
         self._of: dict[AttemptId, _Departure] = {}
         self._leaving: dict[AttemptId, _Departure] = {}
-        self._ids = itertools.count()
+        self._ids = push_ids
         self._pushes: dict[int, _Departure] = {}
 
     def __len__(self) -> int:

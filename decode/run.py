@@ -145,5 +145,7 @@ class Turn:
 class DecodePlan:
     turns: list[Turn]
     started: float
+    alone: bool = True
+    """Nothing else was computed in the step."""
     drafting_s: float = 0.0
     """Of the step's time, what guessing took."""

@@ -1,178 +1,128 @@
-"""What a decode worker does next: pure, no I/O and no clock of its own.
+"""What a worker does next for the answers it writes: pure, no I/O and no clock of its own.
 
 StartDecode --blocks--> RECEIVING (reception) --every push landed--> RUNNING (batch) <--> PREEMPTED (batch)
      '-- no prefill worker: reads the prompt itself ------------------^  | ^
                                              to another decode worker:   | '--> MOVING (departures)
                                                                          '--> finished, failed, cancelled
+
+Events reach it through `pdserve.elastic.scheduler`, which knows what both roles of a worker share.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import assert_never
+from collections.abc import Callable, Collection, Sequence
 
+from decode.answering import Answering
 from decode.arrivals import NoteStats
 from decode.batch import Batch
 from decode.deferred import Deferred
 from decode.departures import Departures
 from decode.reception import Reception
-from decode.run import DecodePlan, DecodeRun, Source, Stage, Turn
+from decode.reserving import Reserving
+from decode.run import DecodePlan, DecodeRun, Stage, Turn
 from decode.speculation import Speculation, standing
-from kvtransfer.protocol import NoteArrived, PeerConnected, PeerFailed, PushEnded, TransferStopped
-from pdserve.core.errors import (
-    InvalidRequest,
-    PeerLost,
-    TransferError,
-)
+from kvtransfer.protocol import NoteArrived, PushEnded
+from pdserve.core.errors import PdServeError
 from pdserve.core.ids import AttemptId, WorkerId
-from pdserve.core.layout import GroupLayout, blocks_for
+from pdserve.core.layout import blocks_for
 from pdserve.core.messages import (
     Cancel,
-    ConnectPeer,
-    Drain,
-    DropPeer,
-    FinishReason,
-    Heartbeat,
     Hello,
     KvArrived,
     Message,
     Migrate,
     Preempt,
     Preempted,
-    PrefillDone,
     PrefillProgress,
     PrefillStarted,
     PushesSettled,
     RefusalReason,
     Refused,
     RenewLease,
-    RequestSpec,
     Reserved,
-    Role,
     StartDecode,
-    StartPrefill,
-    Tokens,
-    Undrain,
 )
-from pdserve.core.sampling import TokenLogprobs
 from pdserve.engine.batch import Sampled, SampleFailed, SampleResult
-from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
-from pdserve.engine.tiers.store import BlocksLoaded, BlockStored, TierPort, TiersFailed
 from pdserve.worker.compute import WorkResult
-from pdserve.worker.duty import Duty
-from pdserve.worker.events import (
-    Action,
-    CoordinatorLost,
-    DrainAsked,
-    Event,
-    FromCoordinator,
-    MoveTier,
-    OwnerId,
-    Send,
-    UndrainAsked,
-)
+from pdserve.worker.events import Action, MoveTier, OwnerId, Send
 from pdserve.worker.failures import AttemptInUse, attempt_failed
-from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
-from pdserve.worker.peers import PeerTable
-from pdserve.worker.prefix_moves import PrefixMoves
-from pdserve.worker.tiering import Tiering
-from pdserve.worker.urgency import decode_urgency
+from pdserve.worker.shared import Shared
 
 
 class DecodeScheduler:
     def __init__(
         self,
+        shared: Shared,
         *,
-        worker: WorkerId,
-        epoch: int,
-        layout: GroupLayout,
-        num_blocks: int,
-        max_len: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        prefix_caching: bool,
         speculation: Speculation | None = None,
-        tiers: TierPort | None = None,
     ) -> None:
-        self._worker, self._epoch = worker, epoch
-        self._block_tokens = block_tokens = layout.block_tokens
-        self._max_len = max_len
-        # Some arrive while the batch is full, so that a seat is taken again in the next step.
-        self._max_runs = max_num_seqs + max(1, max_num_seqs // 4)
-        self._pool = BlockPool(num_blocks)
-        self._cache = PrefixCache(self._pool, block_tokens=block_tokens, enabled=prefix_caching)
+        self._shared = shared
+        self._block_tokens = block_tokens = shared.layout.block_tokens
         self._batch = Batch(
-            self._pool,
-            self._cache,
+            shared.pool,
+            shared.cache,
             block_tokens=block_tokens,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             speculation=speculation,
         )
         self._speculation = speculation
-        self._tiering = Tiering(self._pool, self._cache, tiers, block_tokens=block_tokens)
         self._deferred = Deferred()
         self._reading_meter = StepMeter()
         self._runs: dict[AttemptId, DecodeRun] = {}
-        self._reception = Reception(worker, self._pool, block_tokens)
-        self._peers = PeerTable()
-        self._departures = Departures(self._pool, self._batch, self._peers, layout)
-        self._owners: set[OwnerId] = set()
-        self._order = itertools.count()
-        self._plan: DecodePlan | None = None
-        self._duty = Duty(Role.DECODE)
-        self._prefixes = PrefixMoves(
-            worker, self._pool, self._cache, self._peers, layout, lambda: self._duty.draining
+        self._reserving = Reserving(shared, self._batch, max_num_seqs=max_num_seqs)
+        self._reception = Reception(shared.worker, shared.pool, block_tokens)
+        self._departures = Departures(
+            shared.pool, self._batch, shared.peers, shared.layout, push_ids=shared.push_ids
         )
-        self._meter = StepMeter()
+        self._answering = Answering(shared.max_len)
+        self._owners: set[OwnerId] = set()
+        self._plan: DecodePlan | None = None
+
+    # --- state --------------------------------------------------------------------------------------
 
     @property
     def num_preemptions(self) -> int:
+        """Since start."""
         return self._batch.num_preemptions
 
     @property
     def notes(self) -> NoteStats:
         return self._reception.notes
 
-    # --- events -------------------------------------------------------------------------------------
+    @property
+    def speculation(self) -> Speculation | None:
+        return self._speculation
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        actions, done = self._prefixes.handle(event, now)
-        return actions if done else [*actions, *self._handle(event, now)]
+    @property
+    def attempts(self) -> Collection[AttemptId]:
+        """That are here."""
+        return self._runs.keys()
 
-    def _handle(self, event: Event, now: float) -> list[Action]:
-        match event:
-            case FromCoordinator(owner, message):
-                return self._message(owner, message, now)
-            case CoordinatorLost(owner):
-                return self._owner_lost(owner, now)
-            case NoteArrived():
-                return self._note(event, now)
-            case PeerConnected():
-                self._peers.connected(event.peer, event.path)
-                return []
-            case PeerFailed():
-                self._peers.forget(event.peer)
-                lost = PeerLost(event.peer, event.error)
-                failed = self._fail_all(self._reception.written_by(event.peer), lost, now)
-                return failed + self._departures.peer_lost(event.peer, lost, now, None)
-            case PushEnded():
-                return self._departures.push_ended(event, now)
-            case DrainAsked() | UndrainAsked():
-                self._duty.process(event)
-                return []
-            case BlockStored() | BlocksLoaded() | TiersFailed():
-                self._tiering.handle(event)
-                return self._fetched(now)
-            case TransferStopped():
-                raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
-            case _:
-                assert_never(event)
+    @property
+    def num_waiting(self) -> int:
+        return len(self._reception) + len(self._deferred) + self._batch.num_preempted
 
-    def _message(self, owner: OwnerId, message: Message, now: float) -> list[Action]:
+    @property
+    def num_running(self) -> int:
+        return self._batch.num_running
+
+    @property
+    def context_tokens(self) -> int:
+        return self._batch.context_tokens
+
+    @property
+    def idle(self) -> bool:
+        """No request is here, and no peer may still write or is being written to."""
+        here = self._runs or len(self._deferred) or self._departures
+        return not here and not self._reception.num_quarantined
+
+    # --- messages -----------------------------------------------------------------------------------
+
+    def message(self, owner: OwnerId, message: Message, now: float) -> list[Action]:
         match message:
             case StartDecode():
                 return self._start(owner, message, now)
@@ -187,19 +137,9 @@ class DecodeScheduler:
                     return self._settled(message.attempt, now)
             case RenewLease():
                 self._reception.renew(owner, message.attempt, now + message.lease_s)
-            case ConnectPeer():
-                return self._peers.connect(message)
-            case DropPeer():
-                return self._drop_peer(message, now)
-            case Drain() | Undrain():
-                self._duty.coordinator(message)
             case Hello():
                 self._owners.add(owner)
                 return [Send(owner, orphan) for orphan in self._reception.orphans()]
-            case StartPrefill(spec=spec):
-                wrong = InvalidRequest(field="role", value="decode", limit="prefill, to run StartPrefill")
-                settled = PushesSettled(attempt=spec.attempt)
-                return [Send(owner, attempt_failed(spec.attempt, wrong)), Send(owner, settled)]
             case _:
                 pass  # what a coordinator has no business to send changes nothing
         return []
@@ -227,7 +167,7 @@ class DecodeScheduler:
         # Said first: it is the last word of the attempt.
         return [Send(owner, Preempted(attempt=attempt)), *self._end(run, now)]
 
-    def _owner_lost(self, owner: OwnerId, now: float) -> list[Action]:
+    def owner_lost(self, owner: OwnerId, now: float) -> list[Action]:
         """Its requests end. Who else is there may find out when blocks it left in quarantine are safe."""
         self._owners.discard(owner)
         self._departures.owner_lost(owner)
@@ -239,7 +179,7 @@ class DecodeScheduler:
         orphans = self._reception.orphans()
         return actions + [Send(other, orphan) for other in sorted(self._owners) for orphan in orphans]
 
-    # --- reservation --------------------------------------------------------------------------------
+    # --- beginning ----------------------------------------------------------------------------------
 
     def _start(
         self, owner: OwnerId, message: StartDecode, now: float, *, fetched: bool = False
@@ -252,17 +192,16 @@ class DecodeScheduler:
             return []  # said twice
         if known_owner is not None or self._reception.quarantines(spec.attempt):
             return [Send(owner, attempt_failed(spec.attempt, AttemptInUse(spec.attempt)))]
-        refusal = self._refusal(message)
+        refusal = self._reserving.refusal(message, len(self._runs))
         if refusal is not None:
             reason, detail = refusal
             return [Send(owner, Refused(attempt=spec.attempt, reason=reason, detail=detail))]
-        run = self._new_run(owner, message, now)
+        run = self._reserving.new_run(owner, message, now)
         if run.reading and not fetched and self._awaits_tiers(run, message):
-            return self._move_tiers()
-        if not self._reserve(run):
-            detail = (
-                f"{blocks_for(len(spec.tokens), self._block_tokens)} blocks wanted, {self._pool.counts()}"
-            )
+            return [MoveTier(command) for command in self._shared.tiering.commands()]
+        if not self._reserving.reserve(run):
+            wanted = blocks_for(len(spec.tokens), self._block_tokens)
+            detail = f"{wanted} blocks wanted, {self._shared.pool.counts()}"
             refused = Refused(attempt=spec.attempt, reason=RefusalReason.NO_BLOCKS, detail=detail)
             return [Send(owner, refused)]
         self._runs[run.attempt] = run
@@ -283,82 +222,23 @@ class DecodeScheduler:
         Not where a prefill worker pushes: it does so while it computes, so nothing would come sooner.
         """
         digests = [] if run.num_prompt_logprobs is not None else run.hashes.of(run.tokens)
-        fetch = self._tiering.fetch(digests, len(run.tokens), self._reading_meter.tokens_per_s)
+        speed = self._reading_meter.tokens_per_s
+        fetch = self._shared.tiering.fetch(digests, len(run.tokens), speed)
         if fetch is None or fetch.done:
             return False
         self._deferred.add(run.owner, message, fetch)
         return True
 
-    def _fetched(self, now: float) -> list[Action]:
+    def fetched(self, now: float) -> list[Action]:
+        """Something came up from the tiers: requests that waited for it start."""
         ready = self._deferred.take_ready()
         return [
             action for owner, message in ready for action in self._start(owner, message, now, fetched=True)
         ]
 
-    def _move_tiers(self) -> list[Action]:
-        return [MoveTier(command) for command in self._tiering.commands()]
-
-    def _refusal(self, message: StartDecode) -> tuple[RefusalReason, str] | None:
-        num_tokens, peer = len(message.spec.tokens), message.prefill_worker
-        if self._duty.draining:
-            return RefusalReason.DRAINING, f"worker {self._worker} is draining"
-        if not 1 <= num_tokens < self._max_len:
-            limit = f"1 to {self._max_len - 1}, as this worker holds {self._max_len} with the answer"
-            return RefusalReason.TOO_LONG, f"{num_tokens} tokens, must be {limit}"
-        if peer is not None and self._peers.epoch(peer) is None:
-            return RefusalReason.UNKNOWN_PEER, f"prefill worker {peer} is not connected"
-        if len(self._runs) >= self._max_runs:
-            return RefusalReason.BATCH_FULL, f"{len(self._runs)} requests are here"
-        if self._batch.num_preempted:
-            waiting = self._batch.num_preempted
-            return RefusalReason.NO_BLOCKS, f"{waiting} preempted requests wait for blocks first"
-        return None
-
-    def _new_run(self, owner: OwnerId, message: StartDecode, now: float) -> DecodeRun:
-        spec, peer = message.spec, message.prefill_worker
-        epoch = None if peer is None else self._peers.epoch(peer)
-        return DecodeRun(
-            owner=owner,
-            spec=spec,
-            urgency=decode_urgency(spec, next(self._order)),
-            source=None if peer is None or epoch is None else Source(peer, epoch),
-            received=now,
-            lease_until=now + message.lease_s,
-            ahead=self._ahead(spec, message.ahead_tokens),
-            stage=Stage.RUNNING if peer is None else Stage.RECEIVING,
-            hashes=PrefixHashes(spec.cache_salt, self._block_tokens),
-            tokens=list(spec.tokens),
-            reading=peer is None,
-        )
-
-    def _reserve(self, run: DecodeRun) -> bool:
-        """Blocks for its tokens and some of the next; a remote writer gets those the cache does not have."""
-        num_tokens, size = len(run.tokens), self._block_tokens
-        ahead = max(run.ahead, self._ahead(run.spec, size))
-        read_all = run.num_prompt_logprobs is not None
-        taken = self._cache.reserve(
-            [] if read_all else run.hashes.of(run.tokens),
-            num_tokens,
-            total=blocks_for(num_tokens + ahead, size),
-            spare=self._batch.spare_blocks,
-            cached_holder=run.computing,
-            fresh_holder=run.computing if run.source is None else run.receiving,
-        )
-        if taken is None:
-            return False
-        run.blocks = [*taken.cached, *taken.fresh]
-        run.remembered = len(taken.cached)
-        run.computed = run.remembered * size
-        return True
-
-    def _ahead(self, spec: RequestSpec, wanted: int) -> int:
-        """Up to `wanted` tokens more, as far as the answer can get so long."""
-        left = max(spec.sampling.max_tokens - spec.num_output_tokens, 0)
-        return max(min(wanted, left, self._max_len - len(spec.tokens)), 0)
-
     # --- arrival ------------------------------------------------------------------------------------
 
-    def _note(self, event: NoteArrived, now: float) -> list[Action]:
+    def note(self, event: NoteArrived, now: float) -> list[Action]:
         match self._reception.note(event):
             case None:
                 return []
@@ -375,21 +255,25 @@ class DecodeScheduler:
         self._batch.join(run)
         run.computed = len(run.tokens)
         self._batch.remember(run)
-        arrived = Send(run.owner, KvArrived(attempt=run.attempt))
-        actions = [arrived]
+        actions: list[Action] = [Send(run.owner, KvArrived(attempt=run.attempt))]
         if handover.tokens:
-            # Said once more: the coordinator may not have heard them from the worker that wrote them.
-            run.logprobs += handover.token_logprobs
-            again = Tokens(
-                attempt=run.attempt,
-                first_index=run.spec.num_output_tokens,
-                tokens=handover.tokens,
-                logprobs=handover.token_logprobs,
-            )
-            actions.append(Send(run.owner, again))
+            actions.append(self._answering.again(run, handover.tokens, handover.token_logprobs))
         first = Sampled(handover.first_token, handover.logprobs)
-        sent, finish = self._append(run, [first])
+        sent, finish = self._answering.append(run, [first])
         return [*actions, sent, *([] if finish is None else self._end(run, now))]
+
+    def push_ended(self, event: PushEnded, now: float) -> list[Action]:
+        return self._departures.push_ended(event, now)
+
+    def peer_lost(
+        self, peer: WorkerId, error: PdServeError, now: float, up_to_epoch: int | None
+    ) -> list[Action]:
+        """up_to_epoch: its processes up to that one are gone for certain; None: it failed, and may live."""
+        actions = self._fail_all(self._reception.written_by(peer, up_to_epoch), error, now)
+        actions += self._departures.peer_lost(peer, error, now, up_to_epoch)
+        if up_to_epoch is not None:
+            self._reception.writer_gone(peer, up_to_epoch, now)
+        return actions
 
     # --- ends ---------------------------------------------------------------------------------------
 
@@ -401,9 +285,7 @@ class DecodeScheduler:
 
     def fail_step(self, error: Exception, now: float) -> list[Action]:
         plan, self._plan = self._plan, None
-        if plan is None:
-            raise error
-        return self._fail_all([turn.run for turn in plan.turns], error, now)
+        return [] if plan is None else self._fail_all([turn.run for turn in plan.turns], error, now)
 
     def _fail_run(self, run: DecodeRun, error: Exception, now: float) -> list[Action]:
         return [Send(run.owner, attempt_failed(run.attempt, error)), *self._end(run, now)]
@@ -430,19 +312,14 @@ class DecodeScheduler:
         self._reception.settle(attempt)
         return actions
 
-    def _drop_peer(self, message: DropPeer, now: float) -> list[Action]:
-        actions = self._peers.drop(message.peer, message.epoch)
-        lost = PeerLost(message.peer, "its process is gone")
-        actions += self._fail_all(self._reception.written_by(message.peer, message.epoch), lost, now)
-        actions += self._departures.peer_lost(message.peer, lost, now, message.epoch)
-        self._reception.writer_gone(message.peer, message.epoch, now)
-        return actions
-
     # --- steps --------------------------------------------------------------------------------------
 
-    def schedule(self, now: float) -> tuple[DecodePlan | None, list[Action]]:
-        """The next step, and what is to be said before it. None: nothing can be computed now."""
-        self._plan = plan = self._batch.schedule(now)
+    def schedule(self, now: float, *, alone: bool = True) -> tuple[DecodePlan | None, list[Action]]:
+        """The next step, and what is to be said before it. None: nothing can be computed now.
+
+        alone: nothing else is computed in it, so that guesses may pay.
+        """
+        self._plan = plan = self._batch.schedule(now, alone=alone)
         actions: list[Action] = []
         for turn in plan.turns if plan else ():
             run = turn.run
@@ -467,9 +344,7 @@ class DecodeScheduler:
         actions: list[Action] = []
         for turn, result in zip(plan.turns, results, strict=True):
             actions += self._computed(turn, result, seconds, now)
-        actions += self._departures.stepped(now)
-        self._meter.count(seconds=seconds, tokens=sum(turn.end - turn.start for turn in plan.turns))
-        return actions
+        return actions + self._departures.stepped(now)
 
     def _computed(self, turn: Turn, result: WorkResult, seconds: float, now: float) -> list[Action]:
         run, sampled = turn.run, result.sampled
@@ -485,107 +360,34 @@ class DecodeScheduler:
             if not run.reading:
                 return []  # what preemption threw away is computed again: nobody needs to know
             return [Send(run.owner, PrefillProgress(attempt=run.attempt, tokens_done=turn.end))]
-        read = self._prompt_read(run, sampled) if run.reading else []
+        read = self._answering.prompt_read(run, sampled) if run.reading else []
         return [*read, *self._emit(turn, [sampled, *result.after_drafts], now)]
-
-    def _prompt_read(self, run: DecodeRun, sampled: Sampled) -> list[Action]:
-        """What a prefill worker would have said."""
-        wants_logprobs = run.num_prompt_logprobs is not None
-        done = PrefillDone(
-            attempt=run.attempt,
-            token=sampled.token,
-            logprobs=sampled.logprobs,
-            prompt_logprobs=[None, *run.prompt_logprobs] if wants_logprobs else [],
-            finish_reason=self._finish(run, sampled.token),
-            compute_s=run.compute_s,
-        )
-        run.reading = False
-        return [Send(run.owner, done), Send(run.owner, KvArrived(attempt=run.attempt))]
 
     def _emit(self, turn: Turn, results: Sequence[SampleResult], now: float) -> list[Action]:
         """Stream what was sampled, as far as the guesses held, and end the request if it ends the answer."""
         run = turn.run
-        standing_results = standing(turn.drafts, results)
+        kept = standing(turn.drafts, results)
         if self._speculation is not None:
-            self._speculation.judged(turn, len(standing_results) - 1)
-        tokens = [result for result in standing_results if isinstance(result, Sampled)]
-        sent, finish = self._append(run, tokens)
+            self._speculation.judged(turn, len(kept) - 1)
+        tokens = [result for result in kept if isinstance(result, Sampled)]
+        sent, finish = self._answering.append(run, tokens)
         # Guesses that held were computed in this step; the others' KV is written over in the next.
         run.computed = len(run.tokens) - 1
         self._batch.remember(run)
-        last = standing_results[-1]
+        last = kept[-1]
         if finish is not None:
             return [sent, *self._end(run, now)]
         return [sent, *self._fail_run(run, last.error, now)] if isinstance(last, SampleFailed) else [sent]
 
-    def _append(self, run: DecodeRun, sampled: Sequence[Sampled]) -> tuple[Send, FinishReason | None]:
-        """Up to the token that ends the answer, if one does."""
-        first_index, finish = run.num_output, None
-        tokens: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        for one in sampled:
-            finish = self._finish(run, one.token)
-            tokens.append(one.token)
-            run.tokens.append(one.token)
-            if one.logprobs is not None:
-                logprobs.append(one.logprobs)
-            if finish is not None:
-                break
-        run.logprobs += logprobs
-        message = Tokens(
-            attempt=run.attempt,
-            first_index=first_index,
-            tokens=tokens,
-            logprobs=logprobs,
-            finish_reason=finish,
-        )
-        return Send(run.owner, message), finish
-
-    def _finish(self, run: DecodeRun, token: int) -> FinishReason | None:
-        return finish_reason(run.spec, token, num_tokens=len(run.tokens) + 1, max_len=self._max_len)
-
-    # --- time and state -----------------------------------------------------------------------------
+    # --- time ---------------------------------------------------------------------------------------
 
     def sweep(self, now: float) -> list[Action]:
-        """Leases and graces that ran out; conservation of blocks."""
-        actions: list[Action] = []
-        for run, error in self._reception.expired(now):
-            actions += self._fail_run(run, error, now)
-        self._pool.check()
-        return [*actions, *self._prefixes.sweep(now), *self._move_tiers()]
+        """Leases and graces that ran out."""
+        return [
+            action
+            for run, error in self._reception.expired(now)
+            for action in self._fail_run(run, error, now)
+        ]
 
     def next_wake(self) -> float | None:
-        wakes = [self._reception.next_wake(), self._prefixes.next_wake()]
-        return min((wake for wake in wakes if wake is not None), default=None)
-
-    @property
-    def idle(self) -> bool:
-        """No request is here, and no peer may still write or is being written to."""
-        return not self._runs and not self._reception.num_quarantined and not self._departures
-
-    def audit(self) -> None:
-        self._pool.audit()
-
-    def heartbeat(self) -> Heartbeat:
-        return Heartbeat(
-            worker=self._worker,
-            epoch=self._epoch,
-            blocks=self._pool.counts(),
-            waiting=len(self._reception) + len(self._deferred) + self._batch.num_preempted,
-            running=self._batch.num_running,
-            waiting_tokens=self._batch.context_tokens,
-            step_s=self._meter.step_s,
-            tokens_per_s=self._meter.tokens_per_s,
-            tokens_computed=self._meter.tokens,
-            busy_s=self._meter.busy_s,
-            prefix_hit_tokens=self._cache.stats.hit_tokens,
-            prefix_query_tokens=self._cache.stats.query_tokens,
-            steps=self._meter.steps,
-            tiers=self._tiering.counts(),
-            preemptions=self._batch.num_preemptions,
-            proposed_at=[] if self._speculation is None else list(self._speculation.proposed_at),
-            accepted_at=[] if self._speculation is None else list(self._speculation.accepted_at),
-            draining=self._duty.draining,
-            role=self._duty.role,
-            stopping=self._duty.stopping,
-        )
+        return self._reception.next_wake()

@@ -194,7 +194,7 @@ class Speculation:
 
     def stepped(self, plan: DecodePlan, seconds: float) -> None:
         """A step took so long, drafting included."""
-        if not all(turn.decodes for turn in plan.turns):
+        if not plan.alone or not all(turn.decodes for turn in plan.turns):
             return
         self._cost.observe(sum(1 + len(turn.drafts) for turn in plan.turns), seconds - plan.drafting_s)
         depth = max(len(turn.drafts) for turn in plan.turns)

@@ -35,6 +35,9 @@ class PromptQueue:
         self._max_num_seqs = max_num_seqs
         self._runs: list[PrefillRun] = []
 
+    def __len__(self) -> int:
+        return len(self._runs)
+
     @property
     def num_waiting(self) -> int:
         return sum(1 for run in self._runs if run.stage is Stage.WAITING)
@@ -56,17 +59,26 @@ class PromptQueue:
         self._pool.release_all(run.blocks, run.holder)
         run.stage = Stage.SETTLING
 
-    def schedule(self, tokens_per_s: float) -> tuple[list[Chunk], list[PrefillRun]]:
+    def schedule(
+        self, tokens_per_s: float, budget: int | None = None
+    ) -> tuple[list[Chunk], list[PrefillRun]]:
         """Chunks of the next step, and the prompts that begin with it.
 
-        tokens_per_s: how fast prompts were read of late, 0 where that is not known.
+        tokens_per_s: how fast prompts were read of late, 0 where that is not known. budget: tokens of the
+        step, where there are to be fewer than usual.
+
+        A prompt that begins like one before it, which is being read, waits for that one's blocks instead of
+        computing the same ones beside it.
         """
         chunks: list[Chunk] = []
         begun: list[PrefillRun] = []
-        budget, seats = self._budget, self._max_num_seqs - self.num_computing
+        budget, seats = min(budget or self._budget, self._budget), self._max_num_seqs - self.num_computing
         full = False
+        coming: set[BlockHash] = set()
         for run in self._runs:
             if run.stage is Stage.WAITING:
+                if self._begins_like(run, coming):
+                    continue
                 if not full and self._awaits_tiers(run, tokens_per_s):
                     continue  # what comes from below does not hold up the others
                 # No skipping ahead: a long prompt would starve behind short ones that keep fitting.
@@ -75,6 +87,8 @@ class PromptQueue:
                     continue
                 seats -= 1
                 begun.append(run)
+            if self._cache.enabled:
+                coming.update(run.hashes.of(run.spec.tokens)[run.computed // self._block_tokens :])
             end = self._chunk_end(run, run.computed, budget)
             if end is None:
                 break
@@ -88,6 +102,14 @@ class PromptQueue:
         hashes = run.hashes.of(run.spec.tokens)
         for index in range(chunk.start // size, chunk.end // size):
             self._cache.insert(hashes[index], run.blocks[index])
+
+    def _begins_like(self, run: PrefillRun, coming: set[BlockHash]) -> bool:
+        """The first block that it lacks is about to be computed for a more urgent prompt."""
+        if not coming:
+            return False
+        hashes = self._usable_hashes(run)[: (run.num_tokens - 1) // self._block_tokens]
+        cached = len(self._cache.lookup(hashes, run.num_tokens))
+        return cached < len(hashes) and hashes[cached] in coming
 
     def _awaits_tiers(self, run: PrefillRun, tokens_per_s: float) -> bool:
         """A part of its prefix is on its way into the pool, from host memory or disk."""

@@ -1,23 +1,18 @@
-"""What a prefill worker does next: pure, no I/O and no clock of its own.
+"""What a worker does next for the prompts it reads for others: pure, no I/O and no clock of its own.
 
 StartPrefill -> WAITING --blocks for the whole prompt--> COMPUTING --first token--> SETTLING -> last word:
                                                                         TransferDone if all went well,
                                                                         else PushesSettled
+
+Events reach it through `pdserve.elastic.scheduler`, which knows what both roles of a worker share.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Collection, Sequence
 
-from kvtransfer.protocol import (
-    NoteArrived,
-    PeerConnected,
-    PeerFailed,
-    PushEnded,
-    TransferStopped,
-)
+from kvtransfer.protocol import PushEnded
 from pdserve.core.errors import (
     InvalidRequest,
     Overloaded,
@@ -28,48 +23,26 @@ from pdserve.core.errors import (
     TransferError,
 )
 from pdserve.core.ids import AttemptId, WorkerId
-from pdserve.core.layout import GroupLayout, blocks_for
+from pdserve.core.layout import blocks_for
 from pdserve.core.messages import (
     Cancel,
-    ConnectPeer,
-    Drain,
-    DropPeer,
-    Heartbeat,
-    Message,
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
     PushesSettled,
     Role,
-    StartDecode,
     StartPrefill,
     TransferDone,
-    Undrain,
 )
 from pdserve.engine.batch import Sampled, SampleFailed
-from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.prefix_cache import PrefixCache, PrefixHashes
-from pdserve.engine.tiers.store import BlocksLoaded, BlockStored, TierPort, TiersFailed
+from pdserve.engine.prefix_cache import PrefixHashes
 from pdserve.worker.compute import WorkResult
-from pdserve.worker.duty import Duty
-from pdserve.worker.events import (
-    Action,
-    CoordinatorLost,
-    DrainAsked,
-    Event,
-    FromCoordinator,
-    MoveTier,
-    OwnerId,
-    Send,
-    UndrainAsked,
-)
-from pdserve.worker.failures import AttemptInUse, attempt_failed
+from pdserve.worker.events import Action, MoveTier, OwnerId, Send
+from pdserve.worker.failures import AttemptInUse, WrongRole, attempt_failed
 from pdserve.worker.finish import finish_reason
 from pdserve.worker.meter import StepMeter
-from pdserve.worker.peers import PeerTable
-from pdserve.worker.prefix_moves import PrefixMoves
 from pdserve.worker.pushes import PushBook
-from pdserve.worker.tiering import Tiering
+from pdserve.worker.shared import Shared
 from pdserve.worker.urgency import prefill_urgency
 from prefill.queue import PromptQueue
 from prefill.run import Chunk, PrefillPlan, PrefillRun, Stage
@@ -77,96 +50,54 @@ from prefill.sending import PushMaker
 
 
 class PrefillScheduler:
-    def __init__(
-        self,
-        *,
-        worker: WorkerId,
-        epoch: int,
-        layout: GroupLayout,
-        num_blocks: int,
-        max_len: int,
-        max_num_batched_tokens: int,
-        max_num_seqs: int,
-        prefix_caching: bool,
-        tiers: TierPort | None = None,
-    ) -> None:
-        self._worker, self._epoch = worker, epoch
-        self._layout, self._max_len = layout, max_len
-        self._pool = BlockPool(num_blocks)
-        self._cache = PrefixCache(self._pool, block_tokens=layout.block_tokens, enabled=prefix_caching)
-        self._tiering = Tiering(self._pool, self._cache, tiers, block_tokens=layout.block_tokens)
+    def __init__(self, shared: Shared, *, max_num_batched_tokens: int, max_num_seqs: int) -> None:
+        self._shared, self._layout, self._max_len = shared, shared.layout, shared.max_len
         self._queue = PromptQueue(
-            self._pool,
-            self._cache,
-            self._tiering,
-            block_tokens=layout.block_tokens,
+            shared.pool,
+            shared.cache,
+            shared.tiering,
+            block_tokens=shared.layout.block_tokens,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         )
-        self._pushes = PushMaker(layout)
+        self._pushes = PushMaker(shared.layout, shared.push_ids)
         self._runs: dict[AttemptId, PrefillRun] = {}
-        self._peers = PeerTable()
         self._order = itertools.count()
         self._plan: PrefillPlan | None = None
-        self._duty = Duty(Role.PREFILL)
-        self._prefixes = PrefixMoves(
-            worker, self._pool, self._cache, self._peers, layout, lambda: self._duty.draining
-        )
         self._meter = StepMeter()
 
-    # --- events -------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        actions, done = self._prefixes.handle(event, now)
-        return actions if done else [*actions, *self._handle(event, now)]
+    @property
+    def attempts(self) -> Collection[AttemptId]:
+        """That are here; with pushes under way, also after they ended."""
+        return self._runs.keys()
 
-    def _handle(self, event: Event, now: float) -> list[Action]:
-        match event:
-            case FromCoordinator(owner, message):
-                return self._message(owner, message, now)
-            case CoordinatorLost(owner):
-                return self._owner_lost(owner, now)
-            case PushEnded():
-                return self._push_ended(event, now)
-            case PeerConnected():
-                self._peers.connected(event.peer, event.path)
-                return []
-            case PeerFailed():
-                self._peers.forget(event.peer)
-                return self._fail_peer(event.peer, PeerLost(event.peer, event.error), now)
-            case DrainAsked() | UndrainAsked():
-                self._duty.process(event)
-                return []
-            case BlockStored() | BlocksLoaded() | TiersFailed():
-                self._tiering.handle(event)
-                return []
-            case TransferStopped():
-                raise TransferError(f"the transfer service ended: {event.error or 'stopped'}")
-            case NoteArrived():
-                return []  # but prefixes, nobody pushes to a prefill worker
-            case _:
-                assert_never(event)
+    @property
+    def has_work(self) -> bool:
+        """A prompt waits or is being read."""
+        return len(self._queue) > 0
 
-    def _message(self, owner: OwnerId, message: Message, now: float) -> list[Action]:
+    @property
+    def num_waiting(self) -> int:
+        return self._queue.num_waiting
+
+    @property
+    def num_computing(self) -> int:
+        return self._queue.num_computing
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        return self._queue.uncomputed_tokens
+
+    # --- messages -----------------------------------------------------------------------------------
+
+    def message(self, owner: OwnerId, message: StartPrefill | Cancel, now: float) -> list[Action]:
         match message:
             case StartPrefill():
                 return self._start(owner, message, now)
             case Cancel():
                 return self._cancel(owner, message, now)
-            case ConnectPeer():
-                return self._peers.connect(message)
-            case DropPeer():
-                actions = self._peers.drop(message.peer, message.epoch)
-                lost = PeerLost(message.peer, "its process is gone")
-                return [*actions, *self._fail_peer(message.peer, lost, now, up_to_epoch=message.epoch)]
-            case Drain() | Undrain():
-                self._duty.coordinator(message)
-            case StartDecode(spec=spec):
-                wrong = InvalidRequest(field="role", value="prefill", limit="decode, to run StartDecode")
-                return [Send(owner, attempt_failed(spec.attempt, wrong))]
-            case _:
-                pass  # leases and settled pushes are a decode worker's business
-        return []
 
     def _start(self, owner: OwnerId, request: StartPrefill, now: float) -> list[Action]:
         attempt = request.spec.attempt
@@ -183,7 +114,7 @@ class PrefillScheduler:
             urgency=prefill_urgency(request.spec, next(self._order)),
             received=now,
             hashes=PrefixHashes(request.spec.cache_salt, self._layout.block_tokens),
-            pushes=PushBook(self._pool, attempt),
+            pushes=PushBook(self._shared.pool, attempt),
         )
         self._runs[attempt] = run
         self._queue.add(run)
@@ -191,9 +122,11 @@ class PrefillScheduler:
 
     def _start_error(self, request: StartPrefill) -> PdServeError | None:
         num_tokens, size = len(request.spec.tokens), self._layout.block_tokens
-        known = self._peers.epoch(request.decode_worker)
-        if self._duty.draining:
-            return Overloaded(f"worker {self._worker} is draining")
+        known = self._shared.peers.epoch(request.decode_worker)
+        if self._shared.duty.role is not Role.PREFILL:
+            return WrongRole(str(self._shared.worker), self._shared.duty.role)
+        if self._shared.duty.draining:
+            return Overloaded(f"worker {self._shared.worker} is draining")
         if num_tokens > self._max_len:
             return PromptTooLong(prompt_tokens=num_tokens, max_model_len=self._max_len)
         if known != request.decode_epoch:
@@ -218,7 +151,7 @@ class PrefillScheduler:
             return [Send(owner, attempt_failed(run.attempt, AttemptInUse(run.attempt)))]
         return self._abandon(run, RequestCancelled(message.reason), now)
 
-    def _owner_lost(self, owner: OwnerId, now: float) -> list[Action]:
+    def owner_lost(self, owner: OwnerId, now: float) -> list[Action]:
         lost = RequestCancelled("its coordinator is gone")
         actions: list[Action] = []
         for run in [run for run in self._runs.values() if run.owner == owner]:
@@ -227,9 +160,10 @@ class PrefillScheduler:
                 actions += self._abandon(run, lost, now)
         return actions
 
-    def _fail_peer(
-        self, peer: WorkerId, error: PdServeError, now: float, *, up_to_epoch: int | None = None
+    def peer_lost(
+        self, peer: WorkerId, error: PdServeError, now: float, up_to_epoch: int | None
     ) -> list[Action]:
+        """up_to_epoch: its processes up to that one are gone for certain; None: it failed, and may live."""
         hit = [
             run
             for run in self._runs.values()
@@ -238,7 +172,7 @@ class PrefillScheduler:
         ]
         return [action for run in hit for action in self._fail_run(run, error, now)]
 
-    def _push_ended(self, event: PushEnded, now: float) -> list[Action]:
+    def push_ended(self, event: PushEnded, now: float) -> list[Action]:
         run = self._pushes.owner(event)
         if run is None:
             return []
@@ -257,7 +191,7 @@ class PrefillScheduler:
     def fail_step(self, error: Exception, now: float) -> list[Action]:
         plan, self._plan = self._plan, None
         if plan is None:
-            raise error
+            return []
         return [action for chunk in plan.chunks for action in self._fail_run(chunk.run, error, now)]
 
     def _fail_run(self, run: PrefillRun, error: Exception, now: float) -> list[Action]:
@@ -292,16 +226,19 @@ class PrefillScheduler:
             bytes_moved=book.bytes_moved,
             exposed_s=max(0.0, (book.last_end or 0.0) - run.compute_end),
             busy_s=book.busy_s,
-            path=self._peers.path(run.request.decode_worker).value,
+            path=self._shared.peers.path(run.request.decode_worker).value,
         )
         return [Send(run.owner, done)]
 
     # --- steps --------------------------------------------------------------------------------------
 
-    def schedule(self, now: float) -> tuple[PrefillPlan | None, list[Action]]:
-        """The next step, and what is to be done before it. None: nothing can be computed now."""
-        chunks, begun = self._queue.schedule(self._meter.tokens_per_s)
-        actions = self._move_tiers()
+    def schedule(self, now: float, budget: int | None = None) -> tuple[PrefillPlan | None, list[Action]]:
+        """The next step, and what is to be done before it. None: nothing can be computed now.
+
+        budget: tokens, where there are to be fewer than usual.
+        """
+        chunks, begun = self._queue.schedule(self._meter.tokens_per_s, budget)
+        actions: list[Action] = [MoveTier(command) for command in self._shared.tiering.commands()]
         for run in begun:
             queue_s = now - run.received
             started = PrefillStarted(attempt=run.attempt, cached_tokens=run.computed, queue_s=queue_s)
@@ -355,48 +292,6 @@ class PrefillScheduler:
             actions.append(self._pushes.handover(chunk, held_back, sampled, now))
         self._queue.leave(run)
         return [*actions, *self._settle(run, now)]
-
-    # --- time and state -----------------------------------------------------------------------------
-
-    def sweep(self, now: float) -> list[Action]:
-        self._pool.check()
-        return [*self._prefixes.sweep(now), *self._move_tiers()]
-
-    def _move_tiers(self) -> list[Action]:
-        return [MoveTier(command) for command in self._tiering.commands()]
-
-    def next_wake(self) -> float | None:
-        """Of prefixes: deadlines of pushes are the transfer service's, requests' are the coordinator's."""
-        return self._prefixes.next_wake()
-
-    @property
-    def idle(self) -> bool:
-        """No request is here, and none of its pushes is under way."""
-        return not self._runs
-
-    def audit(self) -> None:
-        self._pool.audit()
-
-    def heartbeat(self) -> Heartbeat:
-        return Heartbeat(
-            worker=self._worker,
-            epoch=self._epoch,
-            blocks=self._pool.counts(),
-            waiting=self._queue.num_waiting,
-            running=self._queue.num_computing,
-            waiting_tokens=self._queue.uncomputed_tokens,
-            step_s=self._meter.step_s,
-            tokens_per_s=self._meter.tokens_per_s,
-            tokens_computed=self._meter.tokens,
-            busy_s=self._meter.busy_s,
-            prefix_hit_tokens=self._cache.stats.hit_tokens,
-            prefix_query_tokens=self._cache.stats.query_tokens,
-            steps=self._meter.steps,
-            tiers=self._tiering.counts(),
-            draining=self._duty.draining,
-            role=self._duty.role,
-            stopping=self._duty.stopping,
-        )
 
 
 def _refuse(owner: OwnerId, attempt: AttemptId, error: Exception) -> list[Action]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 
 from kvtransfer.protocol import Push, PushEnded
 from pdserve.core.codec import encode
@@ -18,9 +18,9 @@ from prefill.run import Chunk, PrefillPlan, PrefillRun
 class PushMaker:
     """Numbers pushes and knows whose they are."""
 
-    def __init__(self, layout: GroupLayout) -> None:
+    def __init__(self, layout: GroupLayout, push_ids: Iterator[int]) -> None:
         self._layout = layout
-        self._ids = itertools.count()
+        self._ids = push_ids
         self._of: dict[int, PrefillRun] = {}
 
     def owner(self, event: PushEnded) -> PrefillRun | None:

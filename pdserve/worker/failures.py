@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdserve.core.errors import ErrorCode, InvalidRequest, PdServeError
 from pdserve.core.ids import AttemptId
-from pdserve.core.messages import AttemptFailed
+from pdserve.core.messages import AttemptFailed, Role
 
 
 class AttemptInUse(InvalidRequest):
@@ -22,3 +22,12 @@ def attempt_failed(attempt: AttemptId, error: Exception) -> AttemptFailed:
         )
     message = f"{type(error).__name__}: {error}"
     return AttemptFailed(attempt=attempt, code=ErrorCode.INTERNAL.value, message=message, retryable=True)
+
+
+class WrongRole(InvalidRequest):
+    """The worker has taken up another role meanwhile; another attempt will go elsewhere."""
+
+    retryable = True
+
+    def __init__(self, worker: str, role: Role) -> None:
+        super().__init__(field="role", value=str(role), limit=f"prefill, for worker {worker} to read prompts")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import pytest
 
 from decode.reception import GONE_PEER_GRACE_S
-from decode.scheduler import DecodeScheduler
 from kvtransfer.protocol import NoteArrived, PeerFailed
 from pdserve.core.codec import encode
 from pdserve.core.errors import Overloaded
@@ -34,6 +33,7 @@ from pdserve.core.messages import (
     RenewLease,
     RequestSpec,
     Reserved,
+    Role,
     StartDecode,
     Tokens,
 )
@@ -41,6 +41,7 @@ from pdserve.core.sampling import SamplingParams
 from pdserve.engine.batch import Sampled, SampleFailed
 from pdserve.worker.compute import WorkResult
 from pdserve.worker.events import Action, CoordinatorLost, FromCoordinator, OwnerId, Send
+from tests.support.schedulers import make_scheduler
 
 BLOCK = 4
 LAYOUT = GroupLayout(
@@ -54,15 +55,8 @@ class Bench:
     """A scheduler, what it said, and a "model" that answers every row with the same token."""
 
     def __init__(self, *, num_blocks: int = 32, max_num_seqs: int = 4, budget: int = 16) -> None:
-        self.scheduler = DecodeScheduler(
-            worker=WorkerId("decode-0"),
-            epoch=1,
-            layout=LAYOUT,
-            num_blocks=num_blocks,
-            max_len=100,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            prefix_caching=True,
+        self.scheduler = make_scheduler(
+            Role.DECODE, layout=LAYOUT, num_blocks=num_blocks, max_num_seqs=max_num_seqs, budget=budget
         )
         self.sent: list[Message] = []
         self.meet(1)
@@ -302,7 +296,7 @@ def test_a_sequence_that_needs_no_block_goes_on_while_another_waits_for_one() ->
     told = [bench.step() for _ in range(15)]
     assert any(len(step) == 2 for step in told)
     assert all(any(name == "first" for name, _, _ in step) for step in told)
-    assert bench.scheduler.num_preemptions > 0
+    assert bench.scheduler.heartbeat().preemptions > 0
     indices = [m.first_index for m in bench.sent if isinstance(m, Tokens) and m.attempt == first]
     assert indices == list(range(16))
 
@@ -317,7 +311,7 @@ def test_preemption_takes_the_least_urgent_and_it_is_computed_again_from_its_tok
     bench.land(high, 6)
     for _ in range(60):
         bench.step()
-    assert bench.scheduler.num_preemptions > 0
+    assert bench.scheduler.heartbeat().preemptions > 0
     for attempt in (low, high):
         said = [m for m in bench.sent if isinstance(m, Tokens) and m.attempt == attempt]
         assert [m.first_index for m in said] == list(range(12))
@@ -332,7 +326,7 @@ def test_nothing_new_is_taken_while_a_preempted_one_waits() -> None:
     first, second = bench.start("first", 7, max_tokens=60), bench.start("second", 7, max_tokens=60)
     bench.land(first, 7)
     bench.land(second, 7)
-    while not bench.scheduler.num_preemptions:
+    while not bench.scheduler.heartbeat().preemptions:
         bench.step()
     bench.start("third", 1)
     refused = bench.last(Refused)

@@ -20,10 +20,12 @@ from pdserve.core.messages import (
     PushesSettled,
     PushNote,
     RequestSpec,
+    Role,
     StartPrefill,
     TransferDone,
 )
 from pdserve.core.sampling import SamplingParams
+from pdserve.elastic.plan import StepPlan
 from pdserve.engine.batch import Sampled
 from pdserve.worker.compute import WorkResult
 from pdserve.worker.events import (
@@ -35,8 +37,7 @@ from pdserve.worker.events import (
     Send,
     SubmitPush,
 )
-from prefill.run import PrefillPlan
-from prefill.scheduler import PrefillScheduler
+from tests.support.schedulers import make_scheduler
 
 BLOCK, LAYERS = 4, 6
 LAYOUT = GroupLayout(
@@ -49,16 +50,16 @@ DECODE, OWNER = WorkerId("decode-0"), OwnerId(1)
 class Bench:
     """A scheduler, and what was asked of the world."""
 
-    def __init__(self, *, num_blocks: int = 32, budget: int = 16, max_num_seqs: int = 8) -> None:
-        self.scheduler = PrefillScheduler(
-            worker=WorkerId("prefill-0"),
-            epoch=1,
+    def __init__(
+        self, *, num_blocks: int = 32, budget: int = 16, max_num_seqs: int = 8, prefix_caching: bool = True
+    ) -> None:
+        self.scheduler = make_scheduler(
+            Role.PREFILL,
             layout=LAYOUT,
             num_blocks=num_blocks,
-            max_len=100,
-            max_num_batched_tokens=budget,
             max_num_seqs=max_num_seqs,
-            prefix_caching=True,
+            budget=budget,
+            prefix_caching=prefix_caching,
         )
         self.sent: list[Message] = []
         self.pushes: list[Push] = []
@@ -118,7 +119,7 @@ class Bench:
 
     def compute(self, *, groups: int = 2, token: int = 7, now: float = 1.0) -> None:
         plan = self.current
-        assert isinstance(plan, PrefillPlan)
+        assert isinstance(plan, StepPlan)
         for group in range(groups):
             edges = LAYERS * group // groups, LAYERS * (group + 1) // groups
             self.do(self.scheduler.layers_done(plan, *edges, now))
@@ -163,11 +164,11 @@ def test_a_long_prompt_is_read_in_chunks_that_end_on_blocks() -> None:
 def test_short_prompts_fill_the_budget_that_a_chunk_leaves() -> None:
     bench = Bench(budget=16)
     bench.start("a", range(6))
-    bench.start("b", range(7))
-    bench.start("c", range(9))
+    bench.start("b", range(20, 27))
+    bench.start("c", range(40, 49))
     assert bench.plan() == [("a", 0, 6), ("b", 0, 7)]
     bench.compute()
-    assert bench.plan() == [("c", 4, 9)]  # its first block was just read for another
+    assert bench.plan() == [("c", 0, 9)]  # its first block was just read for another
 
 
 def test_a_more_urgent_prompt_goes_ahead_of_one_that_is_half_read() -> None:
@@ -399,3 +400,44 @@ def test_a_start_that_does_not_fit_its_blocks_is_refused() -> None:
     bench.start("long", range(101))
     assert not bench.said(AttemptFailed)[-1].retryable  # type: ignore[attr-defined]
     assert len(bench.said(PushesSettled)) == 3
+
+
+def test_a_prompt_waits_for_the_blocks_that_one_before_it_is_computing_and_others_do_not() -> None:
+    bench = Bench(budget=12)
+    bench.start("first", range(20), arrival=0.0)
+    bench.start("alike", [*range(16), 90, 91, 92], arrival=1.0)
+    bench.start("other", range(50, 54), arrival=2.0)
+    assert bench.plan() == [("first", 0, 12)]
+    bench.compute()
+    assert bench.plan() == [("first", 12, 20), ("other", 0, 4)]
+    bench.compute()
+    assert bench.plan() == [("alike", 16, 19)]
+    started = bench.sent[-1]
+    assert isinstance(started, PrefillStarted)
+    assert started.cached_tokens == 16
+
+
+def test_a_prompt_whose_forerunner_is_cancelled_computes_what_it_waited_for() -> None:
+    bench = Bench(budget=8)
+    first = bench.start("first", range(20), arrival=0.0)
+    bench.start("alike", range(18), arrival=1.0)
+    assert bench.plan() == [("first", 0, 8)]
+    bench.compute()
+    bench.tell(Cancel(attempt=first, reason="test"))
+    assert bench.plan() == [("alike", 8, 16)]
+
+
+def test_a_more_urgent_prompt_does_not_wait_for_a_less_urgent_one() -> None:
+    bench = Bench(budget=8)
+    bench.start("slow", range(30))
+    assert bench.plan() == [("slow", 0, 8)]
+    bench.compute()
+    bench.start("urgent", range(28), ttft_deadline=1.0)
+    assert bench.plan() == [("urgent", 8, 16)]
+
+
+def test_without_a_prefix_cache_nothing_is_waited_for() -> None:
+    bench = Bench(budget=16, prefix_caching=False)
+    bench.start("a", range(8))
+    bench.start("b", range(8))
+    assert bench.plan() == [("a", 0, 8), ("b", 0, 8)]

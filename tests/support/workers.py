@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decode.worker import start_decode_worker
 from kvtransfer.local import LocalBackend, LocalHub
 from kvtransfer.protocol import PoolRegion, TransferBackend
 from pdserve.core.config import ServeConfig
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
 from pdserve.core.messages import Role
+from pdserve.elastic.worker import start_worker
 from pdserve.worker.ports import BackendFactory, EnginePort
 from pdserve.worker.running import RunningWorker
 from pdserve.worker.spec import WorkerSpec
-from prefill.worker import start_prefill_worker
 
 PREFILL, DECODE = WorkerId("prefill-0"), WorkerId("decode-0")
 
@@ -84,11 +83,11 @@ def pair_of_workers(
 ) -> Iterator[Pair]:
     config = config or config_of()
     backends = backends or local_backends(LocalHub())
-    prefill = start_prefill_worker(
+    prefill = start_worker(
         spec_of(Role.PREFILL, folder, config), engine=make_engine(Role.PREFILL), backend_factory=backends
     )
     try:
-        decode = start_decode_worker(
+        decode = start_worker(
             spec_of(Role.DECODE, folder, config),
             engine=make_engine(Role.DECODE),
             draft_engine=draft_engine,

@@ -269,8 +269,7 @@ def test_a_full_pool_preempts_and_the_tokens_stay_the_same(tmp_path: Path) -> No
         ]
         assert await asyncio.gather(*asked) == [reference(prompt, params, 30) for prompt in prompts]
         # Each grows to ten blocks, the pool has fourteen.
-        role = pair.decode._loop._role  # type: ignore[attr-defined]
-        assert role.scheduler.num_preemptions > 0
+        assert pair.decode.snapshot().preemptions > 0
 
     run(tmp_path, scenario, decode_blocks=14)
 

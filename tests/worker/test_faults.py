@@ -17,13 +17,13 @@ from kvtransfer.protocol import PoolRegion, TransferBackend
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.layout import Fingerprint
 from pdserve.core.messages import (
-    AttemptFailed,
     Cancel,
     Drain,
     DropPeer,
     Heartbeat,
     PushesSettled,
     RefusalReason,
+    Refused,
     RenewLease,
     Role,
     StartDecode,
@@ -238,7 +238,7 @@ def test_a_worker_whose_books_are_wrong_dies_loudly(tmp_path: Path) -> None:
 
     async def scenario(pair: Pair) -> None:
         async with Driver(pair.addresses) as driver:
-            pool = pair.decode._loop._role.scheduler._pool  # type: ignore[attr-defined]
+            pool = pair.decode._loop._role.scheduler._shared.pool  # type: ignore[attr-defined]
             pool._counts[0] -= 1
             driver.send(DECODE, Drain())
             await asyncio.to_thread(pair.decode._thread.join, 5.0)
@@ -377,13 +377,13 @@ def test_a_prompt_that_can_never_fit_is_refused_with_its_limit(tmp_path: Path) -
     run(tmp_path, scenario)
 
 
-def test_a_message_for_the_other_role_is_answered_with_an_error(tmp_path: Path) -> None:
+def test_a_request_for_the_other_role_is_refused(tmp_path: Path) -> None:
     async def scenario(pair: Pair, driver: Driver) -> None:
         spec = driver.spec(prompt_of(4))
-        driver.send(PREFILL, StartDecode(spec=spec, prefill_worker=None, lease_s=1.0))
+        driver.send(PREFILL, StartDecode(spec=spec, prefill_worker=DECODE, lease_s=1.0))
         await driver.until(lambda: bool(driver.strays))
-        (failed,) = driver.strays
-        assert isinstance(failed, AttemptFailed)
-        assert not failed.retryable
+        (refused,) = driver.strays
+        assert isinstance(refused, Refused)
+        assert refused.reason is RefusalReason.WRONG_ROLE
 
     run(tmp_path, scenario)

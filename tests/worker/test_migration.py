@@ -15,7 +15,6 @@ import pytest
 
 from coordinator.models import ServedModel
 from coordinator.service import Coordinator
-from decode.worker import start_decode_worker
 from kvtransfer.local import LocalHub
 from pdserve.client import AsyncClient
 from pdserve.client.admin import drain
@@ -24,10 +23,10 @@ from pdserve.core.errors import PdServeError
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 from pdserve.core.sampling import SamplingParams
+from pdserve.elastic.worker import start_worker
 from pdserve.engine.batch import SequenceSlice
 from pdserve.worker.running import RunningWorker
 from pdserve.worker.spec import WorkerSpec
-from prefill.worker import start_prefill_worker
 from tests.support.deployment import scenario
 from tests.support.scripted_model import make_scripted_model
 from tests.support.token_engine import BLOCK_TOKENS, TokenEngine, reference
@@ -110,8 +109,7 @@ def _start(
         model_dir=folder,
         listen=f"unix:{folder}/{name}.sock",
     )
-    start = start_prefill_worker if role is Role.PREFILL else start_decode_worker
-    return start(spec, engine=engine, backend_factory=local_backends(hub))
+    return start_worker(spec, engine=engine, backend_factory=local_backends(hub))
 
 
 def prompt_of(length: int, seed: int) -> list[int]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from decode.scheduler import DecodeScheduler
 from kvtransfer.protocol import NoteArrived, Outcome, Push, PushEnded
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
@@ -35,6 +34,7 @@ from pdserve.core.messages import (
     RenewLease,
     RequestSpec,
     Reserved,
+    Role,
     StartDecode,
     StartPrefill,
     Tokens,
@@ -54,7 +54,7 @@ from pdserve.worker.events import (
     attempt_of,
 )
 from pdserve.worker.loop import Scheduler
-from prefill.scheduler import PrefillScheduler
+from tests.support.schedulers import make_scheduler
 
 BLOCK, LAYERS = 4, 4
 
@@ -106,26 +106,18 @@ class World:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
-        self.prefill = PrefillScheduler(
-            worker=P,
-            epoch=1,
-            layout=LAYOUT,
-            num_blocks=24,
-            max_len=60,
-            max_num_batched_tokens=12,
-            max_num_seqs=4,
-            prefix_caching=True,
+        self.prefill = make_scheduler(
+            Role.PREFILL, worker=P, layout=LAYOUT, num_blocks=24, max_len=60, budget=12, max_num_seqs=4
         )
         self.decoders = {
-            worker: DecodeScheduler(
+            worker: make_scheduler(
+                Role.DECODE,
                 worker=worker,
-                epoch=1,
                 layout=LAYOUT,
                 num_blocks=30,
                 max_len=60,
+                budget=12,
                 max_num_seqs=4,
-                max_num_batched_tokens=12,
-                prefix_caching=True,
             )
             for worker in (D, E)
         }
@@ -181,7 +173,7 @@ class World:
         """The bytes arrive: whose block is it?"""
         self.num_landed += 1
         for block in push.dst_blocks:
-            kinds = {holder.kind for holder in self.decoders[push.peer]._pool.holders(block)}
+            kinds = {holder.kind for holder in self.decoders[push.peer]._shared.pool.holders(block)}
             waiting = kinds & {HolderKind.RECEIVER, HolderKind.QUARANTINE}
             assert waiting, f"push {push.id} wrote over block {block} of {kinds or 'nobody'}"
 
