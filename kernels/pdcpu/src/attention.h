@@ -104,6 +104,46 @@ inline void pack_values(const bf16* const* rows, long head_dim, uint32_t* panels
     }
 }
 
+// Scores of some rows against one panel of keys to bfloat16 weights, by the online softmax: running maximum and
+// sum per row; `factors` is what a row's sums so far are scaled with. A row sees keys [low, high) of the panel,
+// maybe none. Only row by row, in a fixed order within a row: who else is here changes no bit.
+struct Rows {
+    int count;
+    int low[TILE_ROWS], high[TILE_ROWS];
+    float factors[16];
+};
+
+inline void weigh(Rows& rows, float* scores, float scale, float* most, float* total, bf16* weights) {
+    constexpr int VECTORS = PANEL / W;
+    alignas(64) float now[16], before[16];
+    for (int r = 0; r < rows.count; r++) {
+        float* row = scores + r * PANEL;
+        bool all = rows.low[r] <= 0 && rows.high[r] >= PANEL;
+        vf highest = splat(-INFINITY);
+        for (int v = 0; v < VECTORS; v++) {
+            vf s = mul(load(row + v * W), splat(scale));
+            if (!all) s = within(s, rows.low[r] - v * W, rows.high[r] - v * W);
+            store(row + v * W, s);
+            highest = max(s, highest);
+        }
+        float found = std::fmax(most[r], max_of(highest));
+        before[r] = most[r];
+        most[r] = found;
+        now[r] = found == -INFINITY ? 0.0f : found;  // nothing seen yet: weights of zero, and no NaN
+    }
+    for (int r = rows.count; r < 16; r++) now[r] = before[r] = 0.0f;
+    for (int i = 0; i < 16; i += W) store(rows.factors + i, exp2(sub(load(before + i), load(now + i))));
+    for (int r = 0; r < rows.count; r++) {
+        vf sums = zero(), highest = splat(now[r]);
+        for (int v = 0; v < VECTORS; v++) {
+            vf p = exp2(sub(load(scores + r * PANEL + v * W), highest));
+            sums = add(sums, p);
+            store_bf16(weights + r * PANEL + v * W, p);
+        }
+        total[r] = total[r] * rows.factors[r] + sum(sums);
+    }
+}
+
 struct Attention {
     PoolShape pool;
     long layer, heads, window;  // window 0: none
@@ -114,51 +154,44 @@ struct Attention {
     long out_stride;
 
     long per_kv() const { return heads / pool.kv_heads; }
-    void attend(const Task& task, long kv_head) const;
+
+    // The first position of a panel that the task sees.
+    long first_panel(const Task& task) const {
+        long first_query = slices[task.slice].start + task.begin;
+        return window ? std::max<long>(0, first_query - window + 1) / PANEL * PANEL : 0;
+    }
+
+    // One tile of the loop; `next` (or null) and its head are who will probably be computed after it.
+    void attend(const Task& task, long kv_head, const Task* next, long next_head) const;
+    void fetch(const Slice& slice, long panel, long kv_head) const;
 };
 
-// One row's weights of a panel: scores -> bfloat16 probabilities, running maximum and sum; returns what the sums so
-// far are scaled with. Keys [low, high) of the panel are seen. Scores come in units of log2(e).
-inline float weigh(float* scores, long low, long high, float scale, float& most, float& total, bf16* weights) {
-    const float hidden = -INFINITY;
-    for (long j = 0; j < low; j++) scores[j] = hidden;
-    for (long j = high; j < PANEL; j++) scores[j] = hidden;
-    vf s[PANEL / W], highest = splat(hidden);
-    for (int v = 0; v < PANEL / W; v++) {
-        s[v] = mul(load(scores + v * W), splat(scale));
-        highest = max(s[v], highest);
+// A panel's keys and values, towards the second-level cache.
+inline void Attention::fetch(const Slice& slice, long panel, long kv_head) const {
+    const int32_t* table = tables + slice.table;
+    long end = std::min<long>(panel + PANEL, slice.start + slice.length), size = pool.block_tokens;
+    for (long position = panel; position < end;) {
+        long inside = position % size, run = std::min(size - inside, end - position);
+        for (long k = 0; k < 2; k++) {
+            const char* from = (const char*)(pool.head(table[position / size], layer, k, kv_head) + inside * pool.head_dim);
+            for (long byte = 0, bytes = run * pool.head_dim * 2; byte < bytes; byte += 64)
+                _mm_prefetch(from + byte, _MM_HINT_T1);
+        }
+        position += run;
     }
-    float now = std::fmax(most, max_of(highest));
-    float factor = 1.0f;
-    if (now > most) {
-        alignas(64) float t[W];
-        store(t, exp2(splat(most - now)));
-        factor = t[0];
-    }
-    vf sums = zero();
-    for (int v = 0; v < PANEL / W; v++) {
-        vf p = exp2(sub(s[v], splat(now)));
-        sums = add(sums, p);
-        store_bf16(weights + v * W, p);
-    }
-    total = total * factor + sum(sums);
-    most = now;
-    return factor;
 }
 
-inline void Attention::attend(const Task& task, long kv_head) const {
+inline void Attention::attend(const Task& task, long kv_head, const Task* next, long next_head) const {
     const Slice& slice = slices[task.slice];
     const long dim = pool.head_dim, group = per_kv(), rows = (task.end - task.begin) * group;
     const long columns = (dim + PANEL - 1) / PANEL;
     const float scale = LOG2_E / std::sqrt(float(dim));
     const long first_query = slice.start + task.begin, last_query = slice.start + task.end - 1;
-    const long from = window ? std::max<long>(0, first_query - window + 1) / PANEL * PANEL : 0;
     const long end = slice.start + slice.length;  // of what is written
 
-    float* sums = scratch(size_t(rows * columns * PANEL + 2 * rows), 0);
+    float* sums = scratch(size_t(rows * columns * PANEL + 2 * rows), 0);  // [columns][rows][64]
     float *most = sums + rows * columns * PANEL, *total = most + rows;
-    float* scores = scratch(size_t(TILE_ROWS * PANEL * (1 + columns)), 1);
-    float* part = scores + TILE_ROWS * PANEL;
+    float* scores = scratch(size_t(TILE_ROWS * PANEL), 1);
     uint32_t* keys = (uint32_t*)scratch(size_t(dim / 2 * PANEL + columns * PANEL / 2 * PANEL), 2);
     uint32_t* values = keys + dim / 2 * PANEL;
     bf16* queries = (bf16*)scratch(size_t(rows * dim / 2 + dim / 2 + TILE_ROWS * PANEL / 2), 3);
@@ -174,40 +207,34 @@ inline void Attention::attend(const Task& task, long kv_head) const {
     }
     const int32_t* table = tables + slice.table;
     const bf16* found[PANEL];
-    for (long panel = from; panel <= last_query; panel += PANEL) {
-        long count = std::min<long>(PANEL, end - panel);
+    for (long panel = first_panel(task); panel <= last_query; panel += PANEL) {
+        if (panel + PANEL <= last_query) fetch(slice, panel + PANEL, kv_head);
+        else if (next) fetch(slices[next->slice], first_panel(*next), next_head);
+        long count = std::min<long>(PANEL, end - panel), pairs = (count + 1) / 2;
         find_rows(pool, table, layer, 0, kv_head, panel, count, zeros, found);
         pack_keys(found, dim, keys);
         find_rows(pool, table, layer, 1, kv_head, panel, count, zeros, found);
         pack_values(found, dim, values);
-        long pairs = (count + 1) / 2;
+        Rows tile;
         for (long row = 0; row < rows; row += TILE_ROWS) {
-            int height = int(std::min<long>(TILE_ROWS, rows - row));
-            if (first_query + (row + height - 1) / group < panel) continue;  // all of them end before it
-            tile_of<0>(height)(queries + row * dim, dim, keys, dim / 2, scores, true, nullptr);
-            float factors[TILE_ROWS];
-            bool any = false;
-            for (int r = 0; r < height; r++) {
+            tile.count = int(std::min<long>(TILE_ROWS, rows - row));
+            if (first_query + (row + tile.count - 1) / group < panel) continue;  // all of them end before it
+            for (int r = 0; r < tile.count; r++) {
                 long query = first_query + (row + r) / group - panel;  // its position in this panel
-                long low = window ? std::max<long>(0, query - window + 1) : 0;
-                long high = std::min<long>(PANEL, query + 1);
-                factors[r] = 1.0f;
-                if (low >= high) {
-                    std::memset(weights + r * PANEL, 0, sizeof(bf16) * PANEL);
-                    continue;
-                }
-                any = true;
-                factors[r] = weigh(scores + r * PANEL, low, high, scale, most[row + r], total[row + r], weights + r * PANEL);
+                tile.low[r] = window ? int(std::min<long>(PANEL, std::max<long>(0, query - window + 1))) : 0;
+                tile.high[r] = int(std::max<long>(0, std::min<long>(PANEL, query + 1)));
             }
-            if (!any) continue;
+            tile_of<0>(tile.count)(queries + row * dim, dim, keys, dim / 2, scores, true, nullptr);
+            weigh(tile, scores, scale, most + row, total + row, weights);
             for (long c = 0; c < columns; c++) {
-                tile_of<0>(height)(weights, PANEL, values + c * (PANEL / 2) * PANEL, pairs, part, true, nullptr);
-                for (int r = 0; r < height; r++) {
-                    float* sum_row = sums + ((row + r) * columns + c) * PANEL;
-                    vf factor = splat(factors[r]);
+                float* part = sums + (c * rows + row) * PANEL;
+                for (int r = 0; r < tile.count; r++) {
+                    if (tile.factors[r] == 1.0f) continue;
+                    vf factor = splat(tile.factors[r]);
                     for (int j = 0; j < PANEL; j += W)
-                        store(sum_row + j, fma(load(sum_row + j), factor, load(part + r * PANEL + j)));
+                        store(part + r * PANEL + j, mul(load(part + r * PANEL + j), factor));
                 }
+                tile_of<0>(tile.count)(weights, PANEL, values + c * (PANEL / 2) * PANEL, pairs, part, false, nullptr);
             }
         }
     }
@@ -215,7 +242,8 @@ inline void Attention::attend(const Task& task, long kv_head) const {
         long t = slice.offset + task.begin + r / group;
         bf16* to = out + t * out_stride + (kv_head * group + r % group) * dim;
         vf factor = splat(1.0f / total[r]);
-        for (long j = 0; j < dim; j += W) store_bf16(to + j, mul(load(sums + r * columns * PANEL + j), factor));
+        for (long j = 0; j < dim; j += W)
+            store_bf16(to + j, mul(load(sums + (j / PANEL * rows + r) * PANEL + j % PANEL), factor));
     }
 }
 

@@ -101,8 +101,10 @@ inline void rope_and_write(const Model& m, const Step& s, const float* q_norm, c
 inline void attend(const Model& m, const Step& s, long layer, const bf16* q, bf16* out, long out_stride) {
     Attention attention{m.pool, layer, m.heads, m.window, s.slices, s.tables, q, out, out_stride};
     // Long tasks come last in a sequence; they start first.
-    parallel(s.num_tasks * m.kv_heads, [&](long i) {
-        attention.attend(s.tasks[s.num_tasks - 1 - i / m.kv_heads], i % m.kv_heads);
+    const long tiles = s.num_tasks * m.kv_heads, last = s.num_tasks - 1;
+    parallel(tiles, [&](long i) {
+        const Task* next = i + 1 < tiles ? &s.tasks[last - (i + 1) / m.kv_heads] : nullptr;
+        attention.attend(s.tasks[last - i / m.kv_heads], i % m.kv_heads, next, (i + 1) % m.kv_heads);
     });
 }
 

@@ -53,6 +53,12 @@ inline float max_of(vf a) { return _mm512_reduce_max_ps(a); }
 inline vf where_ge(vf x, vf limit, vf a) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), a);
 }
+// a in lanes [low, high), minus infinity in the others
+inline vf within(vf a, int low, int high) {
+    vi lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __mmask16 seen = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(low)) & _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(high));
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, a);
+}
 // a * 2 ** n for whole n
 inline vf scale_by(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 
@@ -108,6 +114,12 @@ inline float max_of(vf a) {
     return m;
 }
 inline vf where_ge(vf x, vf limit, vf a) { return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), a); }
+inline vf within(vf a, int low, int high) {
+    vi lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    vi hidden = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), lane),
+                                _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(high - 1)));
+    return _mm256_blendv_ps(a, _mm256_set1_ps(-INFINITY), _mm256_castsi256_ps(hidden));
+}
 inline vf scale_by(vf a, vf n) {  // n in [-126, 127]
     vi exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
