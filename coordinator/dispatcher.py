@@ -30,14 +30,24 @@ from coordinator.events import (
 )
 from coordinator.metrics import Metrics
 from coordinator.registry import TICK_S, Registry
-from coordinator.request_log import log_end
+from coordinator.request_log import log_accepted, log_end, log_placed
 from coordinator.streams import RequestStream
 from coordinator.tracing import RequestTracer
 from coordinator.workers import WorkerLink
 from pdserve.core.channel import Channel
 from pdserve.core.errors import PdServeError, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
-from pdserve.core.messages import Heartbeat, Hello, Message, Refused, RoleChanged, Up, WorkerInfo
+from pdserve.core.logs import about
+from pdserve.core.messages import (
+    Heartbeat,
+    Hello,
+    Message,
+    Refused,
+    RoleChanged,
+    StartDecode,
+    Up,
+    WorkerInfo,
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +93,7 @@ class Dispatcher:
         stream = RequestStream(samples)
         for sample in samples:
             self._streams[sample.id] = stream
+            log_accepted(sample)
         self._idle.clear()
         self.handle(Submit(samples=samples))
         self._arm()
@@ -162,7 +173,7 @@ class Dispatcher:
         except PdServeError as error:
             # Our own bug (an illegal transition, say). It costs the one request its answer, nobody else's.
             request = _request_of(event)
-            log.exception("handling %s of request %s failed", type(event).__name__, request)
+            log.exception("handling %s failed", type(event).__name__, extra=about(request))
             if request is None:
                 raise
             actions = self.registry.handle(Broken(request=request, error=error), now)
@@ -172,6 +183,8 @@ class Dispatcher:
     def _perform(self, action: Action) -> None:
         if isinstance(action, Send):
             link = self._links.get(action.worker)
+            if isinstance(action.message, StartDecode):
+                log_placed(action.message, action.worker)
             if link is not None:
                 link.send(action.message)
             return

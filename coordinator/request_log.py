@@ -1,16 +1,18 @@
-"""One line of JSON per ended sample, on the logger `pdserve.request`."""
+"""A request's lines on the coordinator: taken in, placed, ended. On the logger `pdserve.request`."""
 
 from __future__ import annotations
 
-import json
 import logging
 
 from coordinator.cost import Bill
+from coordinator.events import NewRequest
 from coordinator.report import Report
 from pdserve.core.errors import PdServeError, RequestCancelled
-from pdserve.core.messages import FinishReason
+from pdserve.core.ids import WorkerId
+from pdserve.core.logs import REQUESTS, about
+from pdserve.core.messages import FinishReason, StartDecode
 
-log = logging.getLogger("pdserve.request")
+log = logging.getLogger(REQUESTS)
 
 
 def log_end(report: Report, outcome: FinishReason | PdServeError, charged: Bill) -> None:
@@ -18,15 +20,35 @@ def log_end(report: Report, outcome: FinishReason | PdServeError, charged: Bill)
     failed = isinstance(outcome, PdServeError) and not isinstance(outcome, RequestCancelled)
     level = logging.WARNING if failed else logging.INFO
     if log.isEnabledFor(level):
-        log.log(level, "%s", json.dumps(as_fields(report, outcome, charged), separators=(",", ":")))
+        attempt = report.legs[-1].attempt if report.legs else None
+        fields = as_fields(report, outcome, charged)
+        log.log(level, "ended", extra=about(report.id, attempt, **fields))
+
+
+def log_accepted(sample: NewRequest) -> None:
+    if log.isEnabledFor(logging.INFO):
+        fields = {
+            "model": sample.model,
+            "tenant": sample.tenant or None,
+            "sla_class": sample.sla_class or None,
+            "prompt_tokens": len(sample.tokens),
+            "max_tokens": sample.sampling.max_tokens,
+            "trace_id": sample.traceparent.split("-")[1] if sample.traceparent.count("-") == 3 else None,
+        }
+        log.info("accepted", extra=about(sample.id, **fields))
+
+
+def log_placed(message: StartDecode, worker: WorkerId) -> None:
+    if log.isEnabledFor(logging.INFO):
+        reader = message.prefill_worker or worker
+        extra = about(attempt=message.spec.attempt, decode_worker=worker, prefill_worker=reader)
+        log.info("placed", extra=extra)
 
 
 def as_fields(report: Report, outcome: FinishReason | PdServeError, charged: Bill) -> dict[str, object]:
-    """The line's fields; times in milliseconds."""
+    """The last line's fields; times in milliseconds."""
     error = outcome if isinstance(outcome, PdServeError) else None
     fields: dict[str, object | None] = {
-        "event": "request",
-        "id": report.id,
         "model": report.model,
         "tenant": report.tenant or None,
         "priority": report.priority,

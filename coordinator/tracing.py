@@ -38,6 +38,7 @@ from coordinator.report import Report
 from pdserve import __version__
 from pdserve.core.config import TraceExporter, TracingSettings
 from pdserve.core.errors import ConfigError, PdServeError, RequestCancelled
+from pdserve.core.logs import about
 from pdserve.core.messages import FinishReason
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class RequestTracer:
             try:
                 self._trace(*item)
             except Exception:  # the thread's outermost loop: one request has no spans, the next may
-                log.exception("making spans of request %s failed", item[0].id)
+                log.exception("making spans failed", extra=about(item[0].id))
 
     # --- spans --------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from pdserve.cli.doctor import doctor
 from pdserve.cli.drain import drain, undrain
 from pdserve.cli.explain import explain
 from pdserve.cli.generate import generate
+from pdserve.cli.logs import logs
 from pdserve.cli.models import models_app
 from pdserve.cli.serve import serve
 from pdserve.cli.simulate import simulate
@@ -50,6 +51,7 @@ app.command()(doctor)
 app.command()(drain)
 app.command()(undrain)
 app.command()(explain)
+app.command()(logs)
 app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")

@@ -24,6 +24,7 @@ from pdserve.core.errors import ProtocolError
 from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.core.messages import Heartbeat, Hello, Message, WorkerInfo
 from pdserve.worker.events import CoordinatorLost, FromCoordinator, OwnerId
+from pdserve.worker.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class WorkerHost:
         on_event: Callable[[FromCoordinator | CoordinatorLost], None],
         heartbeat: Callable[[], Heartbeat],
         heartbeat_s: float,
+        journal: Journal | None = None,
         alone_s: float | None = None,
         on_alone: Callable[[], None] = lambda: None,
     ) -> None:
@@ -74,6 +76,7 @@ class WorkerHost:
         self._alone_s, self._on_alone = alone_s, on_alone
         self._info, self._on_event = info, on_event
         self._heartbeat, self._heartbeat_s = heartbeat, heartbeat_s
+        self._journal = journal or Journal(enabled=False)
         self._connections: dict[OwnerId, _Connection] = {}
         self._next_owner = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -129,6 +132,8 @@ class WorkerHost:
             connection = self._connections.get(owner)
             if connection is not None:
                 self._post_or_drop(connection, batch)
+            for message in batch:
+                self._journal.note(message)
 
     def _post_or_drop(self, connection: _Connection, batch: Sequence[Message]) -> None:
         try:
@@ -197,6 +202,7 @@ class WorkerHost:
             self._connections[owner] = connection
             while (batch := await channel.receive()) is not None:
                 for message in batch:
+                    self._journal.note(message)
                     self._on_event(FromCoordinator(owner, message))
         except (ProtocolError, ConnectionError, TimeoutError) as error:
             log.error("%s closes a connection: %s", self._info.worker, error or type(error).__name__)

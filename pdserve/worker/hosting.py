@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pdserve.core.errors import PdServeError, WorkerLost
+from pdserve.core.logs import log_worker
 from pdserve.core.messages import Heartbeat, Role, WorkerInfo
 from pdserve.worker.ray_metrics import Exporter, export_to_ray
 from pdserve.worker.spec import WorkerSpec
@@ -127,7 +128,7 @@ class HostedWorker(ABC):
 
     def start(self) -> Iterator[StartStep]:
         """Load the model and begin to listen; yields `Progress`, then `Started` or `NotStarted`."""
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        log_worker(self._spec.config.logging, self._spec.worker)
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
         cores = pin_process(self._core_slots)
         if self._spec.core_share is not None:

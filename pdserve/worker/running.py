@@ -29,6 +29,7 @@ from pdserve.worker.cores import CoreLender
 from pdserve.worker.device_probe import Probe, no_probe, probe_of
 from pdserve.worker.events import DrainAsked, UndrainAsked
 from pdserve.worker.host import WorkerHost
+from pdserve.worker.journal import Journal
 from pdserve.worker.loop import ComputeLoop, Inbox, Role
 from pdserve.worker.ports import BackendFactory, EnginePort, PoolPort, TransferPort
 from pdserve.worker.spec import WorkerSpec
@@ -178,6 +179,7 @@ def launch(
             on_event=inbox.put,
             heartbeat=pulse,
             heartbeat_s=spec.config.cluster.heartbeat_s,
+            journal=Journal(enabled=spec.config.logging.requests),
             # Without a coordinator that could come back, the process ends with the one that started it.
             alone_s=spec.config.cluster.linger_s or None,
             on_alone=inbox.stop,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import urllib.request
 from pathlib import Path
@@ -286,11 +285,11 @@ async def test_reflection_describes_the_service(tmp_path: Path) -> None:
 
 @scenario
 async def test_a_finished_request_leaves_metrics_and_a_log_line(tmp_path: Path) -> None:
-    lines: list[str] = []
+    lines: list[logging.LogRecord] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
+            lines.append(record)
 
     logger, handler = logging.getLogger("pdserve.request"), Keep()
     logger.addHandler(handler)
@@ -306,13 +305,18 @@ async def test_a_finished_request_leaves_metrics_and_a_log_line(tmp_path: Path) 
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    entry = json.loads(lines[-1])
+    assert [line.getMessage() for line in lines] == ["accepted", "placed", "ended"]
+    assert len({line.__dict__["fields"]["request"] for line in lines}) == 1
+    entry = lines[-1].__dict__["fields"]
     assert (entry["tenant"], entry["priority"], entry["outcome"]) == ("acme", 2, "length")
     assert (entry["ttft_met"], entry["tpot_met"]) == (True, False)
     assert entry["output_tokens"] == 8
     labels = 'model="scripted",outcome="length",priority="2",tenant="acme"'
     assert f"pdserve_requests_total{{{labels}}} 1.0" in page
-    assert 'pdserve_targets_total{model="scripted",result="missed",sla_class="",target="tpot",tenant="acme"} 1.0' in page
+    assert (
+        'pdserve_targets_total{model="scripted",result="missed",sla_class="",target="tpot",tenant="acme"} 1.0'
+        in page
+    )
     assert 'pdserve_transfer_bytes_total{model="scripted",path="fake"} 4096.0' in page
     assert 'pdserve_ttft_seconds_count{model="scripted"} 1.0' in page
     assert 'pdserve_itl_seconds_count{model="scripted"} 7.0' in page
