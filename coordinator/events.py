@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from coordinator.report import Report
 from pdserve.core.errors import PdServeError
 from pdserve.core.ids import RequestId, WorkerId
-from pdserve.core.messages import Down, FinishReason, Up, WorkerInfo
+from pdserve.core.messages import Down, FinishReason, Role, Up, WorkerInfo
 from pdserve.core.sampling import SamplingParams, TokenLogprobs
 
 
@@ -100,6 +100,16 @@ class UndrainWorker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeWorkerRole:
+    """A worker shall take up another role, once it is empty of what it does now. See `coordinator.roles`."""
+
+    worker: WorkerId
+    role: Role
+    timeout_s: float | None = None
+    """As of `DrainWorker`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientCancelled:
     request: RequestId
     reason: str
@@ -132,6 +142,7 @@ Event = (
     | WorkerDown
     | WorkerGone
     | DrainWorker
+    | ChangeWorkerRole
     | UndrainWorker
     | ClientCancelled
     | StopMatched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ class WorkerState:
     """Decode workers, with their epochs, that this one was introduced to for a move."""
     num_heard: int = 0
     """Heartbeats."""
+    role_asked: Role | None = None
+    """Which role it was told to take up, while something of the old one may be left on it."""
     redialling: bool = False
     """Its connection ended, and is being made again."""
     up: bool = True
@@ -269,6 +272,13 @@ class Fleet:
         self.pairs.forget(worker)
         if state is not None:
             self.pool(state.model, state.info.role).forget(state)
+
+    def change_role(self, state: WorkerState, role: Role) -> None:
+        """It counts among the workers of another role from now on. What it has learned of both, it keeps."""
+        self.pool(state.model, state.info.role).forget(state)
+        state.info = dataclasses.replace(state.info, role=role)
+        state.full, state.window = False, state.info.max_num_seqs
+        self.pool(state.model, role).add(state)
 
     def get(self, worker: WorkerId | None, epoch: int | None = None) -> WorkerState | None:
         """The worker, if it is known (in this epoch)."""

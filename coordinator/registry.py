@@ -17,12 +17,13 @@ import dataclasses
 import heapq
 from typing import Final, assert_never
 
-from coordinator import admission, endings, moving, orphans, placing, preempting, progress
+from coordinator import admission, endings, moving, orphans, placing, preempting, progress, roles
 from coordinator.book import Book, RegistrySettings
 from coordinator.decisions import Decision
 from coordinator.events import (
     Action,
     Broken,
+    ChangeWorkerRole,
     ClientCancelled,
     DrainWorker,
     Event,
@@ -163,6 +164,8 @@ class Registry:
                 return self._worker_gone(event, now)
             case DrainWorker():
                 return self._drain(event, now)
+            case ChangeWorkerRole():
+                return roles.change(self._book, event, now)
             case UndrainWorker():
                 return self._undrain(event)
             case Tick():
@@ -219,8 +222,11 @@ class Registry:
         message = event.message
         if isinstance(message, Heartbeat):
             state.heard(message)
+            roles.heard(self._book, state, message.role)
             return []
-        if isinstance(message, (Hello, WorkerInfo, RoleChanged)):
+        if isinstance(message, RoleChanged):
+            return roles.changed(self._book, message)
+        if isinstance(message, (Hello, WorkerInfo)):
             return []
         if isinstance(message, Orphaned):
             return orphans.reported(self._book, event.worker, message)
@@ -301,6 +307,7 @@ class Registry:
             self._book.no_decode_since.pop(event.model, None)
         for peer in self._peers_of(state):
             actions += endings.introductions(info, peer.info)
+        actions += roles.joined(state, known)
         for flight in self._book.flights.values():
             flight.failed_on.discard(info.worker)  # that was another process
         if same_process:

@@ -18,18 +18,22 @@ from pdserve.core.ids import AttemptId, BlockId
 from pdserve.core.layout import blocks_for
 from pdserve.core.messages import (
     Cancel,
+    ChangeRole,
     Down,
     Drain,
     FinishReason,
     Heartbeat,
     KvArrived,
+    Migrate,
     PrefillProgress,
+    PushesSettled,
     RefusalReason,
     Refused,
     RequestSpec,
     Reserved,
     StartDecode,
     Tokens,
+    TransferDone,
     Up,
     WorkerInfo,
 )
@@ -39,8 +43,20 @@ from pdserve.core.messages import (
 class _Answer:
     spec: RequestSpec
     blocks: int
+    written: int
+    """Tokens of the answer that are known when it joins the batch."""
     began: float = -1.0
     """Steps done when it joined the batch; below 0 before that."""
+
+    @property
+    def to_write(self) -> int:
+        """Tokens that this worker writes of it."""
+        return max(self.spec.sampling.max_tokens - self.written, 0)
+
+    @property
+    def context(self) -> int:
+        """Tokens before it, once it joins the batch."""
+        return self.spec.num_prompt_tokens + self.written
 
 
 class DecodeWorker(Worker):
@@ -72,7 +88,9 @@ class DecodeWorker(Worker):
                 self._queue.discard(attempt)
                 self._leave(attempt)
                 self._schedule()
-            case Drain():
+            case Migrate():
+                self._migrate(message, now)
+            case Drain() | ChangeRole():
                 self.draining = True
             case _:
                 pass
@@ -92,7 +110,7 @@ class DecodeWorker(Worker):
             self._ports.tell(self, [Refused(attempt=attempt, reason=reason, detail="")], now)
             return
         self._held += wanted
-        self._answers[attempt] = _Answer(spec, wanted)
+        self._answers[attempt] = _Answer(spec, wanted, spec.num_output_tokens + 1)
         blocks = [BlockId(0)] * blocks_for(len(spec.tokens), self.info.block_tokens)
         reads = message.prefill_worker is None
         cached = self._cache.match(spec.tokens) if reads else 0
@@ -105,11 +123,13 @@ class DecodeWorker(Worker):
 
     # --- the batch ------------------------------------------------------------------------------------
 
-    def landed(self, attempt: AttemptId, now: float) -> None:
-        """The last push has arrived."""
+    def landed(self, attempt: AttemptId, now: float, *, written: int | None) -> None:
+        """The last push has arrived. written: tokens of an answer that was written elsewhere so far."""
         answer = self._answers.get(attempt)
         if answer is None:
             return
+        if written is not None:
+            answer.written = written
         self._advance(now)
         self._ports.tell(self, [KvArrived(attempt=attempt)], now)
         self._join(attempt, answer)
@@ -118,9 +138,9 @@ class DecodeWorker(Worker):
     def _join(self, attempt: AttemptId, answer: _Answer) -> None:
         answer.began = self.steps
         self._running += 1
-        self._context += len(answer.spec.tokens) + 1
+        self._context += answer.context
         self._order += 1
-        heapq.heappush(self._ends, (self.steps + num_new_tokens(answer.spec) - 1, self._order, attempt))
+        heapq.heappush(self._ends, (self.steps + answer.to_write, self._order, attempt))
 
     def _leave(self, attempt: AttemptId) -> None:
         answer = self._answers.pop(attempt, None)
@@ -129,7 +149,7 @@ class DecodeWorker(Worker):
         self._held -= answer.blocks
         if answer.began >= 0:
             self._running -= 1
-            self._context -= len(answer.spec.tokens) + 1 + self.steps - answer.began
+            self._context -= answer.context + self.steps - answer.began
 
     def _seconds(self, steps: float) -> float:
         """For this many more steps of the batch as it is."""
@@ -171,8 +191,37 @@ class DecodeWorker(Worker):
             _, _, attempt = heapq.heappop(self._ends)
             answer = self._answers.get(attempt)
             if answer is not None:
-                told.append(_tokens(answer, num_new_tokens(answer.spec) - 1, FinishReason.LENGTH))
+                told.append(_tokens(answer, answer.to_write, FinishReason.LENGTH))
                 self._leave(attempt)
+
+    def _num_written(self, answer: _Answer) -> int:
+        """Here, so far; never the last one, which ends it."""
+        return min(int(self.steps - answer.began), answer.to_write - 1) if answer.began >= 0 else 0
+
+    # --- to another worker ------------------------------------------------------------------------------
+
+    def _migrate(self, order: Migrate, now: float) -> None:
+        """Its KV goes while it runs on; what it has written by then is told, and it runs there."""
+        answer = self._answers.get(order.attempt)
+        size = 0.0 if answer is None else answer.context * self.profile.kv_token_bytes
+        busy_s = self.profile.transfer_latency + size / self.profile.transfer_bytes_per_s
+
+        def pushed(at: float) -> None:
+            self._advance(at)
+            if answer is None or self._answers.get(order.attempt) is not answer or answer.began < 0:
+                self._ports.tell(self, [PushesSettled(attempt=order.to)], at)
+                return
+            count = max(self._num_written(answer), 0)
+            done = TransferDone(
+                attempt=order.to, bytes_moved=int(size), exposed_s=0.0, busy_s=busy_s, path="modelled"
+            )
+            told: list[Up] = [_tokens(answer, count, None)] if count else []
+            self._ports.tell(self, [*told, done], at)
+            self._leave(order.attempt)
+            self._schedule()
+            self._ports.push(self, order.decode_worker, order.to, at, written=answer.written + count)
+
+        self._ports.later(self, busy_s, pushed)
 
     # --- prompts read here ----------------------------------------------------------------------------
 
@@ -219,8 +268,8 @@ class DecodeWorker(Worker):
         self._advance(now)
         told: list[Up] = []
         for answer in self._answers.values():
-            count = min(int(self.steps - answer.began), num_new_tokens(answer.spec) - 2)
-            if answer.began >= 0 and count > 0:
+            count = self._num_written(answer)
+            if count > 0:
                 told.append(_tokens(answer, count, None))
         return told
 
@@ -238,5 +287,9 @@ class DecodeWorker(Worker):
 
 def _tokens(answer: _Answer, count: int, reason: FinishReason | None) -> Tokens:
     """The tokens after the first, in one message: only when the last one comes is measured."""
-    first = answer.spec.num_output_tokens + 1
-    return Tokens(attempt=answer.spec.attempt, first_index=first, tokens=[0] * count, finish_reason=reason)
+    return Tokens(
+        attempt=answer.spec.attempt,
+        first_index=answer.written,
+        tokens=[0] * count,
+        finish_reason=reason,
+    )

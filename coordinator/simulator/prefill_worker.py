@@ -7,6 +7,7 @@ from coordinator.simulator.prompts import Chunk, PrefixCache, Prompt, PromptQueu
 from coordinator.simulator.worker import Ports, Worker, num_new_tokens, prefill_done
 from pdserve.core.messages import (
     Cancel,
+    ChangeRole,
     Down,
     Drain,
     Heartbeat,
@@ -41,7 +42,7 @@ class PrefillWorker(Worker):
             case Cancel(attempt=attempt):
                 self._queue.discard(attempt)
                 self._ports.tell(self, [PushesSettled(attempt=attempt)], now)
-            case Drain():
+            case Drain() | ChangeRole():
                 self.draining = True
             case _:
                 pass
@@ -102,7 +103,7 @@ class PrefillWorker(Worker):
         def arrived(now: float) -> None:
             self._pushing -= 1
             if to is not None:
-                self._ports.push(self, to, attempt, now)
+                self._ports.push(self, to, attempt, now, written=None)
             self._ports.tell(self, [done], now)
 
         self._ports.later(self, exposed_s, arrived)

@@ -28,7 +28,11 @@ class Ports(Protocol):
         """One frame to the coordinator."""
         ...
 
-    def push(self, worker: Worker, to: WorkerId, attempt: AttemptId, now: float) -> None: ...
+    def push(
+        self, worker: Worker, to: WorkerId, attempt: AttemptId, now: float, *, written: int | None
+    ) -> None:
+        """written: tokens of an answer that moves, for it to go on after; None: it begins there."""
+        ...
 
 
 class Worker:

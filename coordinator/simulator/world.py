@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import random
@@ -14,6 +15,7 @@ from typing import Final
 from coordinator.book import RegistrySettings
 from coordinator.events import (
     Action,
+    ChangeWorkerRole,
     End,
     Event,
     FromWorker,
@@ -24,6 +26,8 @@ from coordinator.events import (
     WorkerGone,
     WorkerJoined,
 )
+from coordinator.planner.planner import Planner, PlannerRules
+from coordinator.planner.proposal import Flip, Standing
 from coordinator.registry import TICK_S, Registry
 from coordinator.report import Report
 from coordinator.router import Router
@@ -38,6 +42,7 @@ from pdserve.core.errors import ConfigError, PdServeError
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.layout import CacheGroup, Fingerprint, GroupLayout
 from pdserve.core.messages import (
+    ChangeRole,
     ConnectPeer,
     DropPeer,
     FinishReason,
@@ -45,6 +50,7 @@ from pdserve.core.messages import (
     PushesSettled,
     RenewLease,
     Role,
+    RoleChanged,
     Up,
     WorkerInfo,
 )
@@ -79,6 +85,8 @@ class Setup:
     timeout_s: float = 600.0
     heartbeat_s: float = 0.5
     failures: Failures = Failures()
+    planner: PlannerRules | None = None
+    """Flips are made as it proposes them; None: the fleet stays as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +107,8 @@ class Run:
     worker_hours: float = 0.0
     """To the end of the last request."""
     events: int = 0
+    flips: list[tuple[float, str]] = field(default_factory=list)
+    """When the planner changed what, and why."""
     decisions: str = ""
     """A digest of every placement, in order: the same for the same setup, workload and seed."""
 
@@ -122,8 +132,11 @@ class World:
         self.clock: Final = Clock(network_s=_NET_S)
         self._workers: dict[WorkerId, Worker] = {}
         self._roles: dict[WorkerId, Role] = {}
+        self._changing: dict[WorkerId, Role] = {}
+        """Told to take up another role, and not empty of the one they have."""
         self._open: dict[RequestId, Arrival] = {}
         self._left = len(arrivals)
+        self._planner = None if setup.planner is None else Planner(MODEL, setup.planner)
         self._rng = random.Random(f"{setup.seed}/failures")
         self._digest = hashlib.blake2b(digest_size=16)
         self._run = Run()
@@ -143,6 +156,8 @@ class World:
                 self._plan_failure(worker)
             self._next(iter(enumerate(self._arrivals)))
             clock.at(TICK_S, self._tick)
+            if setup.planner is not None:
+                clock.at(setup.planner.interval_s, self._plan)
             while self._left and clock.step():
                 pass
         run, arrivals = self._run, self._arrivals
@@ -155,13 +170,27 @@ class World:
     # --- time -----------------------------------------------------------------------------------------
 
     def _tick(self, now: float) -> None:
-        self._handle(Tick(), now)
+        self.handle(Tick(), now)
         self.clock.at(now + TICK_S, self._tick)
+
+    def _plan(self, now: float) -> None:
+        planner, rules = self._planner, self._setup.planner
+        if planner is None or rules is None:
+            return
+        proposal = planner.plan(self.registry.fleet, now)
+        if proposal.standing is Standing.ACTED and isinstance(proposal.change, Flip):
+            planner.changed(now)
+            self._run.flips.append((now, str(proposal)))
+            self.handle(ChangeWorkerRole(worker=proposal.change.worker, role=proposal.change.to), now)
+        self.clock.at(now + rules.interval_s, self._plan)
 
     def _beat(self, worker: WorkerId, now: float) -> None:
         alive = self._workers.get(worker)
         if alive is not None:
             self._hear(alive, [alive.beat(now)], now)
+            role = self._changing.get(worker)
+            if role is not None and alive.empty:
+                self._change_role(alive, role, now)
         self.clock.at(now + self._setup.heartbeat_s, partial(self._beat, worker))
 
     def _next(self, rest: Iterator[tuple[int, Arrival]]) -> None:
@@ -178,10 +207,12 @@ class World:
     def tell(self, worker: Worker, messages: Sequence[Up], now: float) -> None:
         self.clock.sent(lambda at: self._hear(worker, messages, at))
 
-    def push(self, worker: Worker, to: WorkerId, attempt: AttemptId, now: float) -> None:
+    def push(
+        self, worker: Worker, to: WorkerId, attempt: AttemptId, now: float, *, written: int | None
+    ) -> None:
         target = self._workers.get(to)
         if isinstance(target, DecodeWorker):
-            target.landed(attempt, now)
+            target.landed(attempt, now, written=written)
 
     def _alive(self, worker: Worker) -> bool:
         return self._workers.get(worker.info.worker) is worker
@@ -204,16 +235,20 @@ class World:
             priority=arrival.sla.priority,
         )
         self._open[request.id] = arrival
-        self._handle(Submit(samples=(request,)), now)
+        if self._planner is not None:
+            sla = arrival.sla
+            self._planner.tracker.arrived(arrival.input_tokens, sla.ttft_s, sla.tpot_s, now)
+        self.handle(Submit(samples=(request,)), now)
         self._next(rest)
 
     def _hear(self, worker: Worker, messages: Iterable[Up], now: float) -> None:
         info = worker.info
         for message in messages:
             if self._alive(worker):
-                self._handle(FromWorker(worker=info.worker, epoch=info.epoch, message=message), now)
+                self.handle(FromWorker(worker=info.worker, epoch=info.epoch, message=message), now)
 
-    def _handle(self, event: Event, now: float) -> None:
+    def handle(self, event: Event, now: float) -> None:
+        """Something happens to the registry: a worker's message, or what an operator wants of it."""
         for action in self.registry.handle(event, now):
             self._perform(action)
 
@@ -221,11 +256,17 @@ class World:
         match action:
             case Send(worker=name, message=message):
                 worker = self._workers.get(name)
+                if isinstance(message, ChangeRole):
+                    self._changing[name] = message.role
                 if worker is not None and not isinstance(message, _UNHEARD):
                     self._digest.update(f"{name} {type(message).__name__};".encode())
                     self.clock.sent(lambda at: worker.handle(message, at) if self._alive(worker) else None)
             case End(request=request, outcome=outcome, report=report):
                 self._left -= 1
+                if self._planner is not None and not isinstance(outcome, PdServeError):
+                    self._planner.tracker.answered(
+                        report.prompt_tokens, report.cached_tokens, report.output_tokens, self.clock.now
+                    )
                 self._on_end(Ended(arrival=self._open.pop(request), report=report, outcome=outcome))
             case _:
                 pass
@@ -237,7 +278,17 @@ class World:
         info = simulated_info(name, role, epoch, profile)
         kind = PrefillWorker if role is Role.PREFILL else DecodeWorker
         self._workers[name] = kind(info, profile, self)
-        self._handle(WorkerJoined(info=info, model=MODEL), self.clock.now)
+        self.handle(WorkerJoined(info=info, model=MODEL), self.clock.now)
+
+    def _change_role(self, worker: Worker, role: Role, now: float) -> None:
+        """The same process, empty of what it did: its next heartbeat comes from another kind of worker."""
+        name, info = worker.info.worker, worker.info
+        del self._changing[name]
+        self._roles[name] = role
+        kind = PrefillWorker if role is Role.PREFILL else DecodeWorker
+        changed = kind(dataclasses.replace(info, role=role), self._setup.profile, self)
+        self._workers[name] = changed
+        self.tell(changed, [RoleChanged(worker=name, epoch=info.epoch, role=role)], now)
 
     def _plan_failure(self, name: WorkerId) -> None:
         rate = self._setup.failures.per_worker_hour / 3600
@@ -248,7 +299,8 @@ class World:
         worker = self._workers[name]
         self._hear(worker, worker.died(now), now)
         del self._workers[name]
-        self._handle(WorkerGone(worker=name, epoch=worker.info.epoch, why="simulated loss"), now)
+        self._changing.pop(name, None)
+        self.handle(WorkerGone(worker=name, epoch=worker.info.epoch, why="simulated loss"), now)
 
         def back(at: float) -> None:
             self._join(name, epoch=worker.info.epoch + 1)
