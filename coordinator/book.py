@@ -10,6 +10,7 @@ from coordinator.decisions import Decision, DecisionLog, Placement
 from coordinator.events import NewRequest
 from coordinator.fleet import Fleet
 from coordinator.flight import Attempt, Flight
+from coordinator.prefix_index import PrefixIndex
 from coordinator.pushes import PushLedger
 from coordinator.router import Router
 from coordinator.sla import Goal
@@ -18,7 +19,8 @@ from coordinator.tenants import Tenants
 from coordinator.waiting import WaitingQueue
 from pdserve.core.config import Admission
 from pdserve.core.ids import RequestId, WorkerId
-from pdserve.core.messages import Orphaned
+from pdserve.core.messages import Orphaned, Role
+from pdserve.core.prefix import PrefixHashes, key_of
 from pdserve.core.sla_settings import TenantSettings
 
 _USUAL_ANSWER: Final = 256.0
@@ -73,6 +75,8 @@ class Book:
     """Requests whose decode worker awaits KV, and when their lease was renewed last."""
     orphans: dict[WorkerId, list[tuple[WorkerId, Orphaned]]] = field(default_factory=dict)
     """By who may still write: decode workers with blocks in quarantine, until the writer can be asked."""
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+    """Who has which prompts' beginnings cached, as far as workers say."""
     decisions: DecisionLog = field(default_factory=DecisionLog)
     """Why requests went where they went."""
     expiries: list[tuple[float, int, RequestId]] = field(default_factory=list)
@@ -142,6 +146,21 @@ class Book:
         if flight.output:
             usual = self._answers.get(request.model, float(len(flight.output)))
             self._answers[request.model] = usual + 0.05 * (len(flight.output) - usual)
+
+    def cached_tokens(self, flight: Flight) -> dict[WorkerId, int]:
+        """Of its tokens, how many workers likely have in their prefix caches; others have none, or less."""
+        if not self.prefixes.num_blocks:
+            return {}
+        decoders = self.fleet.pool(flight.request.model, Role.DECODE).workers
+        if not decoders or flight.request.sampling.prompt_logprobs is not None:
+            return {}
+        size = decoders[0].info.block_tokens
+        if flight.prefix_hashes is None:
+            flight.prefix_hashes = PrefixHashes(flight.request.cache_salt, size)
+        hashes = flight.prefix_hashes.of(flight.request.tokens + flight.output)
+        # The last token is always computed: its logits are needed.
+        keys = [key_of(digest) for digest in hashes[: (flight.num_tokens - 1) // size]]
+        return {worker: blocks * size for worker, blocks in self.prefixes.hits(keys).items()}
 
     def decided(self, flight: Flight, placement: Placement, goal: Goal, now: float) -> None:
         """Keep why, for who asks later."""

@@ -42,6 +42,7 @@ from pdserve.core.messages import (
     Heartbeat,
     Hello,
     Message,
+    PrefixEvents,
     Refused,
     RoleChanged,
     StartDecode,
@@ -271,7 +272,7 @@ class Dispatcher:
 def _request_of(event: Event) -> RequestId | None:
     match event:
         case FromWorker(message=message):
-            if isinstance(message, (Heartbeat, Hello, WorkerInfo, RoleChanged)):
+            if isinstance(message, (Heartbeat, Hello, PrefixEvents, WorkerInfo, RoleChanged)):
                 return None
             return message.attempt.request
         case ClientCancelled(request=request) | StopMatched(request=request) | Broken(request=request):

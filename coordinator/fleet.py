@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from coordinator.account import Pace
 from coordinator.latency import ASSUMED_TOKENS_PER_S, LatencyModel, Work
+from coordinator.links import Links
 from coordinator.pairs import PairQuarantine
 from coordinator.pool import Pool
 from pdserve.core.ids import AttemptId, WorkerId
@@ -258,6 +259,7 @@ class Fleet:
         self._workers: dict[WorkerId, WorkerState] = {}
         self._pools: dict[tuple[str, Role], Pool] = {}
         self.pairs = PairQuarantine()
+        self.links = Links()
 
     def __iter__(self) -> Iterator[WorkerState]:
         return iter(self._workers.values())
@@ -270,6 +272,7 @@ class Fleet:
     def forget(self, worker: WorkerId) -> None:
         state = self._workers.pop(worker, None)
         self.pairs.forget(worker)
+        self.links.forget(worker)
         if state is not None:
             self.pool(state.model, state.info.role).forget(state)
 

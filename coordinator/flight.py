@@ -16,6 +16,7 @@ from coordinator.stories import Story
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase, RequestRecord
 from pdserve.core.messages import FinishReason, PrefillDone, RequestSpec, TransferDone
+from pdserve.core.prefix import PrefixHashes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +81,8 @@ class Flight:
     """When its worker was asked last to interrupt it."""
     prefix_at: WorkerId | None = None
     """A prefill worker that read its prompt in an earlier attempt, and likely has it in its cache."""
+    prefix_hashes: PrefixHashes | None = None
+    """Of its tokens, by the block size of its model's decode workers."""
     prompt_logprobs_sent: bool = False
     first_token_at: float | None = None
     last_token_at: float | None = None

@@ -96,6 +96,7 @@ def _route(book: Book, flight: Flight, goal: Goal, avoid: Collection[WorkerId]) 
         prefer=flight.prefer,
         prefix_at=flight.prefix_at,
         avoid=avoid,
+        cached=book.cached_tokens(flight),
     )
 
 

@@ -94,6 +94,22 @@ class LeastViolation(Policy):
         return Choice(best.worker, tuple(candidates), "least predicted violation, then load")
 
 
+class PrefixAware(Policy):
+    """The longest beginning of the prompt in its cache, among those that are not much busier than another."""
+
+    by_goal = False
+    _BUSIER = 1.5
+    _MORE = 0.1
+    """Of load: so much above the least, and this, is not much."""
+
+    def choose(self, candidates: Sequence[Candidate]) -> Choice:
+        least = min(c.load for c in candidates)
+        fair = [c for c in candidates if c.load <= self._BUSIER * least + self._MORE]
+        best = min(fair, key=lambda c: (-c.prefix_tokens, c.score, c.worker))
+        reason = "has most of the prompt" if best.prefix_tokens else "nobody has any of it; least loaded"
+        return Choice(best.worker, tuple(candidates), reason)
+
+
 class RoundRobin(Policy):
     """The next by name after the last one taken, also while workers come and go."""
 
@@ -127,6 +143,7 @@ class Random(Policy):
 _NAMED: Final[dict[str, type[Policy]]] = {
     RoutingPolicy.POWER_OF_TWO: PowerOfTwo,
     RoutingPolicy.LEAST_LOADED: LeastLoaded,
+    RoutingPolicy.PREFIX_AWARE: PrefixAware,
     RoutingPolicy.SLA: LeastViolation,
     RoutingPolicy.ROUND_ROBIN: RoundRobin,
     RoutingPolicy.RANDOM: Random,

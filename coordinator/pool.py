@@ -53,6 +53,11 @@ class Pool:
     def up(self) -> list[WorkerState]:
         return [state for state in self.workers if state.up]
 
+    def find(self, name: WorkerId) -> WorkerState | None:
+        at = bisect.bisect_left(self.workers, name, key=_name)
+        found = at < len(self.workers) and self.workers[at].id == name
+        return self.workers[at] if found else None
+
     def all(self, fits: Fits) -> list[WorkerState]:
         return [state for state in self.workers if fits(state)]
 

@@ -39,7 +39,7 @@ _MAX_WORKERS: Final = 2**16
 class PrefixIndex:
     def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
         self._max = max_blocks
-        self._parts = [_Partition() for _ in range(2**_PARTITION_BITS)]
+        self._parts = [_NOTHING] * 2**_PARTITION_BITS
         self._numbers: dict[WorkerId, int] = {}
         self._names: dict[int, WorkerId] = {}
         self._free: list[int] = []
@@ -51,7 +51,7 @@ class PrefixIndex:
     @property
     def size_bytes(self) -> int:
         """Of the tables."""
-        return sum(part.size_bytes for part in self._parts)
+        return sum(part.size_bytes for part in self._parts if part is not _NOTHING)
 
     # --- what workers say -----------------------------------------------------------------------------
 
@@ -146,6 +146,12 @@ class PrefixIndex:
     def _get(self, key: int) -> int | None:
         return self._parts[key >> (64 - _PARTITION_BITS)].get(key)
 
+    def _put(self, key: int, owner: int) -> None:
+        at = key >> (64 - _PARTITION_BITS)
+        if self._parts[at] is _NOTHING:
+            self._parts[at] = _Partition()
+        self._parts[at].put(key, owner)
+
     def _count(self, key: int) -> int:
         """How many hold it: the length of its row, by doubling and bisection."""
         if self._get(key) is None:
@@ -166,7 +172,7 @@ class PrefixIndex:
             self.num_dropped += 1
             return
         at = (key + self._count(key) * _STRIDE) & _MASK
-        self._parts[at >> (64 - _PARTITION_BITS)].put(at, number)
+        self._put(at, number)
         self.num_blocks += 1
 
     def _remove(self, key: int, number: int) -> None:
@@ -182,7 +188,7 @@ class PrefixIndex:
         last = (key + (self._count(key) - 1) * _STRIDE) & _MASK
         owner = self._parts[last >> (64 - _PARTITION_BITS)].pop(last)
         if last != key:
-            self._parts[key >> (64 - _PARTITION_BITS)].put(key, owner)
+            self._put(key, owner)
         self.num_blocks -= 1
 
 
@@ -251,3 +257,7 @@ class _Partition:
         for key, owner in entries:
             if key:
                 self.put(key, owner)
+
+
+_NOTHING: Final = _Partition()
+"""Stands where nothing has been put yet."""

@@ -39,6 +39,7 @@ def transferred(book: Book, attempt: Attempt, message: TransferDone) -> None:
         book.fleet.pairs.worked(attempt.prefill, attempt.decode)
     if prefill is not None and message.bytes_moved:
         prefill.latency.transferred(message)
+        book.fleet.links.moved(prefill.id, attempt.decode, message.bytes_moved, message.busy_s)
 
 
 def prefill_progress(
@@ -89,6 +90,9 @@ def prefill_done(
     if reader is not None:
         reader.prefill_reached(attempt.id, 0)
         reader.latency.prompt_read(attempt.id, now)
+        if attempt.prefill is not None and book.pushes.is_open(attempt.id):
+            size_bytes = (flight.num_tokens - attempt.cached_tokens) * reader.kv_token_bytes
+            book.fleet.links.begun(reader.id, attempt.id, size_bytes)
     actions: list[Action] = []
     if flight.request.sampling.prompt_logprobs is not None and not flight.prompt_logprobs_sent:
         flight.prompt_logprobs_sent = True
@@ -159,6 +163,7 @@ def settled(
     book: Book, attempt: AttemptId, worker: WorkerId, flight: Flight | None, now: float
 ) -> list[Action]:
     """The prefill worker's last word on an attempt, which may be that of a request long ended."""
+    book.fleet.links.ended(worker, attempt)
     actions = book.pushes.settled(attempt, worker, book.epoch_of)
     current = None if flight is None else flight.attempt
     if flight is not None and flight.ending is not None and current is not None and current.id == attempt:

@@ -19,7 +19,7 @@ from typing import Final, assert_never
 
 from coordinator import admission, endings, moving, orphans, placing, preempting, progress, roles
 from coordinator.book import Book, RegistrySettings
-from coordinator.decisions import Decision
+from coordinator.decisions import Decision, DecisionLog
 from coordinator.events import (
     Action,
     Broken,
@@ -60,17 +60,20 @@ from pdserve.core.messages import (
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
+    PrefixEvents,
     PushesSettled,
     Refused,
     Reserved,
     Role,
     RoleChanged,
+    SendPrefixes,
     Tokens,
     TransferDone,
     Undrain,
     Up,
     WorkerInfo,
 )
+from pdserve.core.prefix import keys_of
 
 TICK_S: Final = 0.25
 """Longest time between two `Tick`s."""
@@ -87,6 +90,11 @@ class Registry:
     @property
     def fleet(self) -> Fleet:
         return self._book.fleet
+
+    @property
+    def decisions(self) -> DecisionLog:
+        """Why the last requests went where they went."""
+        return self._book.decisions
 
     @property
     def num_active(self) -> int:
@@ -228,6 +236,8 @@ class Registry:
             return roles.changed(self._book, message)
         if isinstance(message, (Hello, WorkerInfo)):
             return []
+        if isinstance(message, PrefixEvents):
+            return self._prefix_events(message)
         if isinstance(message, Orphaned):
             return orphans.reported(self._book, event.worker, message)
         flight = self._book.flights.get(message.attempt.request)
@@ -240,6 +250,18 @@ class Registry:
         if isinstance(message, (TransferDone, PushesSettled)):
             actions += progress.settled(self._book, message.attempt, event.worker, flight, now)
         return actions
+
+    def _prefix_events(self, message: PrefixEvents) -> list[Action]:
+        known = self._book.prefixes.heard(
+            message.worker,
+            message.sequence,
+            keys_of(message.stored),
+            keys_of(message.evicted),
+            snapshot=message.snapshot,
+        )
+        if known:
+            return []
+        return [Send(worker=message.worker, message=SendPrefixes(after=message.sequence))]
 
     def _of_attempt(
         self, flight: Flight, attempt: Attempt, worker: WorkerId, message: Up, now: float
@@ -344,6 +366,7 @@ class Registry:
         if state is None:
             return []
         state.up = False
+        self._book.prefixes.forget(worker)
         if not self.fleet.of(state.model, Role.DECODE):
             self._book.no_decode_since.setdefault(state.model, now)
         actions: list[Action] = []

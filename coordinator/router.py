@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from coordinator.decisions import Candidate, Choice, Placement, Rejected
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.policies import Policy, make_policy, policy_class
 from coordinator.pool import WHOLE, Fits, Pool
-from coordinator.routes import local_pays, local_route, remote_route
+from coordinator.routes import exposed_s, local_pays, local_route, remote_route
 from coordinator.sla import EVIDENCE, VIOLATION_WEIGHT, Forecast, Goal, decode_score, prefill_score
 from pdserve.core.config import LocalPrefill
 from pdserve.core.ids import WorkerId
@@ -54,6 +55,7 @@ class Router:
         prefer: Placement | None = None,
         prefix_at: WorkerId | None = None,
         avoid: Collection[WorkerId] = (),
+        cached: Mapping[WorkerId, int] = MappingProxyType({}),
     ) -> Placement | None:
         """Workers for a prompt of `tokens`, or None while no decode worker takes requests.
 
@@ -61,14 +63,15 @@ class Router:
         that failed this request before: of decode workers, taken only when there is no other; of prefill
         workers never, as the decode worker can read the prompt itself. `prefix_at`: a prefill worker that has
         read this prompt before, taken unless it is busier than another would be with reading it all.
+        `cached`: tokens of the prompt that are likely in a worker's prefix cache.
         """
-        cached = {} if prefix_at is None else {prefix_at: tokens}
+        has = dict(cached)
+        if prefix_at is not None:
+            has[prefix_at] = tokens
         if prefer is not None:
             # The first sample has left the prompt in the caches of its workers.
-            cached = {choice.worker: tokens for choice in (prefer.decode, prefer.prefill) if choice}
-        ask = _Ask(
-            model=model, tokens=tokens, goal=goal, prefer=prefer, avoid=avoid, cached=cached, rejected=[]
-        )
+            has |= {choice.worker: tokens for choice in (prefer.decode, prefer.prefill) if choice}
+        ask = _Ask(model=model, tokens=tokens, goal=goal, prefer=prefer, avoid=avoid, cached=has, rejected=[])
         prefills = fleet.pool(model, Role.PREFILL)
         reads = not prefills.any(lambda w: w.takes_prompts() and w.id not in avoid)
         decode = self._choose_decode(fleet, ask, reads=reads or self.local_prefill is LocalPrefill.ALWAYS)
@@ -150,6 +153,10 @@ class Router:
     ) -> Choice | None:
         pool = fleet.pool(ask.model, Role.PREFILL)
         policy = self._policy(ask.model, Role.PREFILL)
+        writer = fleet.get(decode)
+        size_bytes = 0
+        if writer is not None:
+            size_bytes = max(ask.tokens - ask.cached.get(decode, 0), 0) * writer.kv_token_bytes
 
         def fits(worker: WorkerState) -> bool:
             usable = worker.takes_prompts() and worker.id not in ask.avoid
@@ -161,7 +168,11 @@ class Router:
             load, violation = worker.prefill_wait_s(left), 0.0
             if policy.by_goal:
                 violation, load = prefill_score(worker, ask.tokens, ask.goal, cached)
-            return Candidate(worker.id, VIOLATION_WEIGHT * violation + load, violation, load, cached)
+            score = VIOLATION_WEIGHT * violation + load
+            if not (policy.by_goal or policy.by_prefix):
+                return Candidate(worker.id, score, violation, load, cached)
+            transfer_s = exposed_s(fleet.links, worker, decode, size_bytes)
+            return Candidate(worker.id, score + transfer_s, violation, load, cached, transfer_s)
 
         followed = self._followed(fleet, ask.prefer.prefill if ask.prefer else None, fits)
         if followed is not None:
@@ -182,7 +193,14 @@ class Router:
         return worker if worker is not None and fits(worker) else None
 
     def _draw(self, policy: Policy, pool: Pool, ask: _Ask, fits: Fits) -> list[WorkerState]:
-        return policy.draw(pool, fits)
+        """Who is looked at, by name: whom the policy draws, and those that have the most of the prompt."""
+        drawn = policy.draw(pool, fits)
+        if not policy.by_prefix or not ask.cached:
+            return drawn
+        there = {worker.id for worker in drawn}
+        found = (pool.find(name) for name in ask.cached if name not in there)
+        more = [worker for worker in found if worker is not None and fits(worker)]
+        return sorted([*drawn, *more], key=lambda w: w.id) if more else drawn
 
     def _tell_rejected(self, pool: Pool, ask: _Ask, looked_at: list[WorkerState]) -> None:
         """Why not the others, where there are few enough for everyone to have been looked at."""
@@ -216,7 +234,9 @@ class Router:
         assert reader is not None
         here = ask.cached.get(writer.id, 0)
         cached = ask.cached.get(reader.id, 0)
-        remote = remote_route(reader, writer, ask.tokens, ask.goal, cached=cached, cached_at_decode=here)
+        remote = remote_route(
+            fleet.links, reader, writer, ask.tokens, ask.goal, cached=cached, cached_at_decode=here
+        )
         rejected = tuple(ask.rejected)
         if self.local_prefill is LocalPrefill.NEVER:
             return Placement(decode, prefill, (remote,), rejected, "as configured")

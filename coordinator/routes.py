@@ -20,7 +20,9 @@ from coordinator.decisions import Route
 from coordinator.fleet import WorkerState
 from coordinator.latency import Work
 from coordinator.linear_fit import LinearFit
+from coordinator.links import Links
 from coordinator.sla import VIOLATION_WEIGHT, Goal, late, step_s, steps_between_s, work_until
+from pdserve.core.ids import WorkerId
 
 WINDOW_TOKENS: Final = 32
 """Of a running answer, over which a pause may be made up for."""
@@ -36,15 +38,29 @@ MIN_GAIN_S: Final = 0.02
 """And by this much: less is not worth a pause in the answers to come."""
 
 
+def exposed_s(links: Links, prefill: WorkerState, decode: WorkerId, size_bytes: int) -> float:
+    """KV still under way after the prompt has been read: at this pair's speed, behind what is under way."""
+    if size_bytes <= 0:
+        return 0.0
+    alone_s = prefill.latency.exposed_s(size_bytes) * links.relative(prefill.id, decode)
+    return alone_s + links.wait_s(prefill.id, decode)
+
+
 def remote_route(
-    prefill: WorkerState, decode: WorkerState, tokens: int, goal: Goal, *, cached: int, cached_at_decode: int
+    links: Links,
+    prefill: WorkerState,
+    decode: WorkerState,
+    tokens: int,
+    goal: Goal,
+    *,
+    cached: int,
+    cached_at_decode: int,
 ) -> Route:
     """cached: of the prompt at the prefill worker. What the decode worker has is not moved."""
     fit = prefill.latency.prefill
     work = work_until(prefill, tokens, goal, cached)
     ttft_s = fit.predict(work.features) + steps_between_s(prefill, work.tokens)
     size_bytes = max(tokens - cached_at_decode, 0) * decode.kv_token_bytes
-    exposed_s = prefill.latency.exposed_s(size_bytes)
     alone_s = fit.predict(Work.of(min(cached, tokens - 1), tokens, ends=True).features)
     return _route(
         prefill,
@@ -53,7 +69,7 @@ def remote_route(
         goal,
         ttft_s=ttft_s,
         ttft_std_s=fit.std(work.features),
-        exposed_s=exposed_s,
+        late_s=exposed_s(links, prefill, decode.id, size_bytes),
         alone_s=alone_s,
         others_s=alone_s * len(prefill.prefill_left),
         spoilt=0.0,
@@ -78,7 +94,7 @@ def local_route(
         goal,
         ttft_s=scale * fit.predict(work.features) + steps_between_s(decode, work.tokens),
         ttft_std_s=scale * fit.std(work.features),
-        exposed_s=0.0,
+        late_s=0.0,
         alone_s=alone_s,
         others_s=alone_s * others,
         spoilt=_spoilt(decode, alone_s + scale * fit.predict(decode.work_left.features)),
@@ -127,14 +143,14 @@ def _route(
     *,
     ttft_s: float,
     ttft_std_s: float,
-    exposed_s: float,
+    late_s: float,
     alone_s: float,
     others_s: float,
     spoilt: float,
     reads: bool,
 ) -> Route:
     batch = decode.batch_with(tokens)
-    tpot_s = step_s(decode, tokens, reads=reads) + exposed_s / max(min(goal.answer_tokens, WINDOW_TOKENS), 1)
+    tpot_s = step_s(decode, tokens, reads=reads) + late_s / max(min(goal.answer_tokens, WINDOW_TOKENS), 1)
     violation = late(ttft_s, goal.ttft_s) + late(tpot_s, goal.tpot_s) + spoilt
     return Route(
         prefill=None if prefill is None else prefill.id,
@@ -143,9 +159,9 @@ def _route(
         ttft_std_s=ttft_std_s,
         tpot_s=tpot_s,
         tpot_std_s=decode.latency.decode.std((1, *batch)),
-        exposed_s=exposed_s,
+        exposed_s=late_s,
         alone_s=alone_s,
         others_s=others_s,
         violation=violation,
-        cost=VIOLATION_WEIGHT * violation + ttft_s + exposed_s + others_s,
+        cost=VIOLATION_WEIGHT * violation + ttft_s + late_s + others_s,
     )

@@ -37,6 +37,7 @@ class RoutingPolicy(StrEnum):
     LEAST_LOADED = "least_loaded"
     ROUND_ROBIN = "round_robin"
     RANDOM = "random"
+    PREFIX_AWARE = "prefix_aware"
     SLA = "sla"
 
 
@@ -217,8 +218,8 @@ class CoordinatorSettings(Frozen):
     """gRPC; 0 picks a free port."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus; 0 picks a free port, shown at start."""
-    policy: RoutingPolicy = RoutingPolicy.POWER_OF_TWO
-    """How a request's workers are chosen."""
+    policy: RoutingPolicy | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = RoutingPolicy.POWER_OF_TWO
+    """How a request's workers are chosen: by name, or `module:Class` for a policy of your own."""
     local_prefill: LocalPrefill = LocalPrefill.AUTO
     """Whether a decode worker reads a prompt itself although there are prefill workers. auto: where it is
     predicted to be cheaper, such as while prompts queue and the decode worker has little to do."""

@@ -47,7 +47,7 @@ transfer.ucx                     mapping             = `{}`
 coordinator.host                 text                = `127.0.0.1`
 coordinator.port                 integer             = `50051`
 coordinator.metrics_port         integer             = `0`
-coordinator.policy `power_of_two`, `least_loaded`, `round_robin`, `random`, `sla` = `power_of_two`
+coordinator.policy `power_of_two`, `least_loaded`, `round_robin`, `random`, `prefix_aware`, `sla` or text = `power_of_two`
 coordinator.local_prefill        `auto`, `never`, `always` = `auto`
 coordinator.admission            `off`, `deadline`, `ttft`, `targets` = `deadline`
 coordinator.max_queued_requests  integer             = `1024`
@@ -102,7 +102,7 @@ cost.prefill_device_hour         number or nothing   = nothing
 cost.kv_gib_hour                 number              = `0.0`
 seed                             integer             = `0`
 models                           list                = `()`
-"""
+"""  # noqa: E501 - a knob is a line
 
 
 def test_every_knob_is_known_with_its_type_and_default() -> None:
