@@ -181,7 +181,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens-per-s", type=float, default=10_000.0, help="of the accelerator")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a step")
     parser.add_argument("--layer-groups", type=int, default=4)

@@ -104,13 +104,19 @@ class Side:
     def _on_event(self, event: TransferEvent) -> None:
         if isinstance(event, NoteArrived):
             submitted, push_id = _STAMP.unpack(event.note)
-            self.notes[push_id] = time.monotonic() - submitted
+            with self._changed:
+                self.notes[push_id] = time.monotonic() - submitted
             return
         if isinstance(event, PushEnded):
             self._ended_at[event.id] = time.monotonic()
         with self._changed:
             self._events.append(event)
             self._changed.notify()
+
+    def take_notes(self) -> dict[int, float]:
+        with self._changed:
+            notes, self.notes = self.notes, {}
+        return notes
 
     def wait(self) -> TransferEvent:
         with self._changed:
@@ -162,8 +168,7 @@ def receive(
     side = Side("receiver", pool_bytes, transport.ucx, verify, groups)
     pipe.send(side.backend.metadata)
     while pipe.recv() == "notes":
-        pipe.send(side.notes)
-        side.notes = {}
+        pipe.send(side.take_notes())
     side.service.stop()
     side.service.join(WAIT_S)
 

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar
 
+from kvtransfer.digests import memory
 from kvtransfer.geometry import Route, plan_routes
-from kvtransfer.integrity import memory
 from kvtransfer.metadata import PeerMetadata, encode_metadata, fingerprint_digest, meet, remote_pools
 from kvtransfer.protocol import (
     NoteArrived,

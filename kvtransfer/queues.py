@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvtransfer.digests import Digest
 from kvtransfer.geometry import Route
-from kvtransfer.integrity import Digest
 from kvtransfer.protocol import Push
 
 FRAGMENT_BYTES: Final = 16 << 20

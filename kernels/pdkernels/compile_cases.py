@@ -18,6 +18,7 @@ from torch import Tensor
 from pdkernels.activation import silu_mul
 from pdkernels.blocks import gather_blocks, scatter_blocks
 from pdkernels.decode_attention import DecodeWork, decode_attention
+from pdkernels.digest import digest_pieces
 from pdkernels.grouped_matmul import ExpertTiles, grouped_matmul, launch_config
 from pdkernels.norm import add_rms_norm, rms_norm
 from pdkernels.prefill_attention import PrefillWork, prefill_attention
@@ -95,6 +96,10 @@ def _elementwise() -> Iterator[Case]:
         "gather, 32 layers, 8 heads of 128, bf16", lambda: gather_blocks(_pool(GEOMETRIES[0]), _index(9))
     )
     yield Case("scatter, half of the heads", _scatter)
+    pieces = _meta(3, 64, dtype=torch.int64)
+    yield Case(
+        "64 pieces of 2 MiB", partial(digest_pieces, _meta(1 << 24, dtype=torch.int32), pieces, 1 << 17)
+    )
     yield Case("V 128256", partial(sample, _meta(33, 128256, dtype=FP32), _draw_params(33)))
     yield Case("V 128256", _adjust)
 

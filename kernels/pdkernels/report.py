@@ -31,6 +31,7 @@ from pdkernels import (
     blocks,
     compile_cases,
     decode_attention,
+    digest,
     grouped_matmul,
     norm,
     prefill_attention,
@@ -48,6 +49,7 @@ MODULES: Final = (
     decode_attention,
     prefill_attention,
     blocks,
+    digest,
     sampling,
 )
 LAUNCH_OPTIONS: Final = ("num_warps", "num_stages")
@@ -249,6 +251,7 @@ tests/kernels`. The launch configurations in `pdkernels/tuning.py` are starting 
 | prefill_attention | `prefill_attention` | causal, ragged, chunked, over KV blocks; window, soft cap |
 | decode_attention | `decode_attention` | one token per sequence, KV split by plan, joined by log-sum-exp |
 | gather_blocks, scatter_blocks | `blocks` | pack and unpack KV blocks, by layers and heads |
+| digest_pieces | `digest` | a digest of what a push sends, and of what arrived |
 | adjust_logits, sample | `sampling` | penalties; temperature, min-p, top-k, top-p without a sort; the draw |
 
 Each op's reference is the module of the same name in `pdkernels/reference` (both attentions: `attention`).

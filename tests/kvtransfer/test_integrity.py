@@ -8,12 +8,15 @@ import threading
 import msgpack
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pdkernels.reference import digest as reference
 
+from kvtransfer.digests import HostDigester, SumDigester
 from kvtransfer.fake import Faults
 from kvtransfer.geometry import plan_route
-from kvtransfer.integrity import Digest, Verifier, open_envelope, seal
+from kvtransfer.integrity import Verifier, open_envelope, seal
 from kvtransfer.protocol import NoteArrived, Outcome, Path, PathInfo, Push
 from pdserve.core.config import TransferSettings, Verify
 from pdserve.core.errors import TransferError
@@ -97,7 +100,7 @@ def test_auto_verifies_slow_pairs_and_those_of_unknown_speed() -> None:
     assert one.digest(peer, PathInfo(path=Path.RDMA, gigabytes_per_s=1000.0)) is None
 
 
-def test_memory_of_a_gpu_is_never_verified() -> None:
+def test_memory_of_a_gpu_is_not_verified_where_there_is_none() -> None:
     """Reading it from here would end the process: the digest must not even try."""
     pools = Pools(LAYOUTS, NUM_BLOCKS, seed=1)
     regions = [dataclasses.replace(region, address=1, device=0) for region in pools.regions]
@@ -108,6 +111,48 @@ def test_memory_of_a_gpu_is_never_verified() -> None:
     digest = host.digest(WorkerId("d"), PathInfo(path=Path.FAKE))
     note = seal(push, route, digest)
     assert one.open(NoteArrived(peer=WorkerId("p"), note=note)).error == ""
+
+
+def of_sums(pools: Pools, mode: Verify = Verify.ON) -> Verifier:
+    """As on a GPU, with the kernel's reference in its place."""
+    words = [torch.from_numpy(array).view(torch.int32) for array in pools.arrays]
+
+    def compute(words: torch.Tensor, pieces_3P: torch.Tensor, longest: int) -> torch.Tensor:
+        assert longest == int(pieces_3P[1].max())
+        return reference.digest_pieces(words, pieces_3P)
+
+    return Verifier(pools.regions, mode, SumDigester(words, compute, torch))
+
+
+def test_pools_on_a_gpu_are_compared_by_sums_of_their_words() -> None:
+    """Scattered blocks, some layers of them, in fragments; then one byte is wrong."""
+    ours, theirs = Pools(LAYOUTS, NUM_BLOCKS, seed=1), Pools(LAYOUTS, NUM_BLOCKS, seed=2)
+    sender, receiver = of_sums(ours), of_sums(theirs)
+    route = plan_route(Shard(layout=FULL), Shard(layout=FULL))
+    assert route is not None
+    push = dataclasses.replace(whole_push([7, 2, 3, 11, 0], [1, 9, 8, 20, 21]), layers=(2, 5))
+    for src, dst, length in route.spans(push):
+        theirs.arrays[0][dst : dst + length] = ours.arrays[0][src : src + length]
+    digest = sender.digest(WorkerId("d"), PathInfo(path=Path.CUDA_IPC))
+    assert digest is not None
+    for fragment in route.split(push, 2 * FULL.block_bytes):
+        sender.add(digest, fragment, route)
+    note = NoteArrived(peer=WorkerId("p"), note=seal(push, route, digest))
+    assert receiver.open(note).error == ""
+    for at in (0, FULL.layer_bytes - 1):
+        where = 20 * FULL.block_bytes + 3 * FULL.layer_bytes + at
+        theirs.arrays[0][where] ^= 4
+        assert "digest" in receiver.open(note).error
+        theirs.arrays[0][where] ^= 4
+    assert receiver.open(note).error == ""
+
+
+def test_digests_of_two_kinds_are_not_compared() -> None:
+    pools = Pools(LAYOUTS, NUM_BLOCKS, seed=1)
+    push, route = whole_push([0], [1]), plan_route(Shard(layout=FULL), Shard(layout=FULL))
+    digest = of_sums(pools).digest(WorkerId("d"), PathInfo(path=Path.RDMA))
+    note = NoteArrived(peer=WorkerId("p"), note=seal(push, route, digest))
+    assert verifier(Verify.ON, pools).open(note).error == ""
 
 
 def whole_push(src: list[int], dst: list[int]) -> Push:
@@ -154,7 +199,7 @@ def test_an_envelope_that_points_outside_the_pool_is_an_error(field: int, value:
     pools = Pools(LAYOUTS, NUM_BLOCKS, seed=1)
     one = verifier(Verify.ON, pools)
     route = plan_route(Shard(layout=FULL), Shard(layout=FULL))
-    fields = msgpack.unpackb(seal(whole_push([0], [0]), route, Digest()))
+    fields = msgpack.unpackb(seal(whole_push([0], [0]), route, HostDigester(pools.regions).start()))
     fields[field] = value
     assert one.open(NoteArrived(peer=WorkerId("p"), note=msgpack.packb(fields))).error
 
