@@ -200,7 +200,7 @@ class TransferSettings(Frozen):
     """Blocks reserved for a request are given back this long after the last sign of its prefill."""
     verify: Annotated[Verify, BeforeValidator(_on_or_off)] = Verify.AUTO
     """Compare a digest of what arrived with one of what was sent. auto: where that takes at most 2% of the
-    transfer's time, so on links up to about 5 Gbit/s. KV in GPU memory is never verified."""
+    transfer's time: on links up to about 5 Gbit/s between CPUs, and between GPUs where a kernel can."""
     max_inflight_mib: PositiveInt = 32
     """Under way between two workers at most; more waits, and requests take turns."""
     tcp_fallback: TcpFallback = TcpFallback.WARN
