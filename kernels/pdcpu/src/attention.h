@@ -83,20 +83,26 @@ inline void find_rows(const PoolShape& pool, const int32_t* table, long layer, l
     }
 }
 
-// [pairs of head_dim][64 positions]; head_dim in whole 32.
-inline void pack_keys(const bf16* const* rows, long head_dim, uint32_t* panel) {
+// [pairs of head_dim][64 positions]; head_dim in whole 32. Meanwhile the rows that are next come nearer: a few at a
+// time, for a CPU waits when too many are on their way.
+inline void pack_keys(const bf16* const* rows, long head_dim, uint32_t* panel, const bf16* const* next) {
     for (long group = 0; group < PANEL; group += 16)
-        for (long pair = 0; pair < head_dim / 2; pair += 16)
+        for (long pair = 0; pair < head_dim / 2; pair += 16) {
+            for (long j = 0; j < 16; j++) _mm_prefetch((const char*)(next[group + j] + 2 * pair), _MM_HINT_T1);
             transpose16((const uint32_t* const*)(rows + group), pair, panel + pair * PANEL + group, PANEL);
+        }
 }
 
 // [pairs of positions][64 dimensions], one panel for every 64 of head_dim, zero behind its end.
-inline void pack_values(const bf16* const* rows, long head_dim, uint32_t* panels) {
+inline void pack_values(const bf16* const* rows, long head_dim, uint32_t* panels, const bf16* const* next) {
     for (long column = 0; column < head_dim; column += PANEL) {
         uint32_t* panel = panels + column / PANEL * (PANEL / 2) * PANEL;
         long cols = std::min<long>(PANEL, head_dim - column);
         for (long pair = 0; pair < PANEL / 2; pair++, panel += PANEL) {
             const bf16 *a = rows[2 * pair] + column, *b = rows[2 * pair + 1] + column;
+            for (long j = 0; j < cols; j += 32)
+                for (long k = 0; k < 2; k++)
+                    _mm_prefetch((const char*)(next[2 * pair + k] + column + j), _MM_HINT_T1);
             long j = 0;
             for (; j < cols; j += W) store_pairs(panel + j, join(load_words(a + j), load_words(b + j)));
             for (; j < PANEL; j++) panel[j] = 0;
@@ -163,23 +169,17 @@ struct Attention {
 
     // One tile of the loop; `next` (or null) and its head are who will probably be computed after it.
     void attend(const Task& task, long kv_head, const Task* next, long next_head) const;
-    void fetch(const Slice& slice, long panel, long kv_head) const;
-};
 
-// A panel's keys and values, towards the second-level cache.
-inline void Attention::fetch(const Slice& slice, long panel, long kv_head) const {
-    const int32_t* table = tables + slice.table;
-    long end = std::min<long>(panel + PANEL, slice.start + slice.length), size = pool.block_tokens;
-    for (long position = panel; position < end;) {
-        long inside = position % size, run = std::min(size - inside, end - position);
-        for (long k = 0; k < 2; k++) {
-            const char* from = (const char*)(pool.head(table[position / size], layer, k, kv_head) + inside * pool.head_dim);
-            for (long byte = 0, bytes = run * pool.head_dim * 2; byte < bytes; byte += 64)
-                _mm_prefetch(from + byte, _MM_HINT_T1);
-        }
-        position += run;
+    // Where a panel's keys and values lie; `zeros` behind the end of the sequence.
+    struct Found {
+        const bf16 *keys[PANEL], *values[PANEL];
+    };
+    void find(const Slice& slice, long panel, long kv_head, const bf16* zeros, Found& found) const {
+        long count = std::min<long>(PANEL, slice.start + slice.length - panel);
+        find_rows(pool, tables + slice.table, layer, 0, kv_head, panel, count, zeros, found.keys);
+        find_rows(pool, tables + slice.table, layer, 1, kv_head, panel, count, zeros, found.values);
     }
-}
+};
 
 inline void Attention::attend(const Task& task, long kv_head, const Task* next, long next_head) const {
     const Slice& slice = slices[task.slice];
@@ -205,16 +205,16 @@ inline void Attention::attend(const Task& task, long kv_head, const Task* next, 
         long t = slice.offset + task.begin + r / group;
         std::memcpy(queries + r * dim, q + (t * heads + kv_head * group + r % group) * dim, sizeof(bf16) * dim);
     }
-    const int32_t* table = tables + slice.table;
-    const bf16* found[PANEL];
+    Found both[2];
+    Found *now = &both[0], *later = &both[1];
+    find(slice, first_panel(task), kv_head, zeros, *now);
     for (long panel = first_panel(task); panel <= last_query; panel += PANEL) {
-        if (panel + PANEL <= last_query) fetch(slice, panel + PANEL, kv_head);
-        else if (next) fetch(slices[next->slice], first_panel(*next), next_head);
-        long count = std::min<long>(PANEL, end - panel), pairs = (count + 1) / 2;
-        find_rows(pool, table, layer, 0, kv_head, panel, count, zeros, found);
-        pack_keys(found, dim, keys);
-        find_rows(pool, table, layer, 1, kv_head, panel, count, zeros, found);
-        pack_values(found, dim, values);
+        if (panel + PANEL <= last_query) find(slice, panel + PANEL, kv_head, zeros, *later);
+        else if (next) find(slices[next->slice], first_panel(*next), next_head, zeros, *later);
+        else *later = *now;
+        const long pairs = (std::min<long>(PANEL, end - panel) + 1) / 2;
+        pack_keys(now->keys, dim, keys, later->keys);
+        bool packed = false;  // the values: only once the first scores have had their time
         Rows tile;
         for (long row = 0; row < rows; row += TILE_ROWS) {
             tile.count = int(std::min<long>(TILE_ROWS, rows - row));
@@ -226,6 +226,8 @@ inline void Attention::attend(const Task& task, long kv_head, const Task* next, 
             }
             tile_of<0>(tile.count)(queries + row * dim, dim, keys, dim / 2, scores, true, nullptr);
             weigh(tile, scores, scale, most + row, total + row, weights);
+            if (!packed) pack_values(now->values, dim, values, later->values);
+            packed = true;
             for (long c = 0; c < columns; c++) {
                 float* part = sums + (c * rows + row) * PANEL;
                 for (int r = 0; r < tile.count; r++) {
@@ -237,6 +239,7 @@ inline void Attention::attend(const Task& task, long kv_head, const Task* next, 
                 tile_of<0>(tile.count)(weights, PANEL, values + c * (PANEL / 2) * PANEL, pairs, part, false, nullptr);
             }
         }
+        std::swap(now, later);
     }
     for (long r = 0; r < rows; r++) {
         long t = slice.offset + task.begin + r / group;
