@@ -15,6 +15,7 @@ from pdserve.core.messages import (
     KvArrived,
     Message,
     Migrate,
+    Preempted,
     PrefillDone,
     PrefillStarted,
     Refused,
@@ -71,6 +72,8 @@ def entry_of(message: Message) -> tuple[AttemptId, str, dict[str, object]] | Non
             return attempt, "answer complete", {"reason": reason, "output_tokens": count}
         case Migrate(attempt=attempt, to=to, decode_worker=decode):
             return attempt, "asked to move it", {"to": str(to), "decode_worker": decode}
+        case Preempted(attempt=attempt):
+            return attempt, "interrupted", {}
         case Cancel(attempt=attempt, reason=reason):
             return attempt, "told to stop", {"reason": reason}
         case AttemptFailed(attempt=attempt, code=code, message=text):

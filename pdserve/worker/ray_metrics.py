@@ -31,12 +31,14 @@ class RayMetrics:
     """`update` with each heartbeat, from one thread."""
 
     def __init__(self, worker: str, role: Role, model: str, make: Callable[[Metric], Instrument]) -> None:
+        self._role = role
         self._tags = {"worker": worker, "role": role.value, "model": model}
         self._make = make
         self._instruments: dict[str, Instrument] = {}
         self._counted: dict[str, float] = {}
 
     def update(self, beat: Heartbeat) -> None:
+        self._tags["role"] = (beat.role or self._role).value
         self._set(catalog.RAY_RUNNING, beat.running)
         self._set(catalog.RAY_WAITING, beat.waiting)
         self._set(catalog.RAY_STEP, beat.step_s)
@@ -55,7 +57,7 @@ class RayMetrics:
         grown = total - self._counted.get(metric.name, 0.0)
         if grown > 0:
             self._counted[metric.name] = total
-            self._instrument(metric)(grown, self._tags)
+            self._instrument(metric)(grown, dict(self._tags))
 
     def _instrument(self, metric: Metric) -> Instrument:
         instrument = self._instruments.get(metric.name)
