@@ -55,6 +55,7 @@ STOP_GRACE_S: Final = 5.0
 """Ending the workers, and then Ray, gets at most this long; running requests get `coordinator.grace_s`."""
 _SILENCE_PER_HEARTBEAT_TIMEOUT: Final = 2.0
 """The coordinator stops using a silent worker first; the supervisor then replaces its process."""
+_LOOK_AT_NODES_S: Final = 2.0
 
 
 class Report(Protocol):
@@ -131,7 +132,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         stack.callback(close_session, session, grace_s=STOP_GRACE_S)
         stack.callback(_log_to_files(config, session).close)
         report("ray", "Ray runs", 1.0)
-        plan = plan_placement(config, session.nodes())
+        plan = await _plan(config, session, report)
         host = RayHost(session, plan, config, hosted, _worker_progress(report), identity)
         await host.reserve()
         stack.callback(host.release)
@@ -167,6 +168,21 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
             coordinator=coordinator,
             supervisors=supervisors,
         )
+
+
+async def _plan(config: ServeConfig, session: RaySession, report: Report) -> PlacementPlan:
+    """Where workers go; on a cluster that we joined, once it has nodes enough. Raises `ConfigError`."""
+    patience_s = 0.0 if session.local else config.cluster.join_timeout_s
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            return plan_placement(config, session.nodes())
+        except ConfigError as error:
+            if time.monotonic() >= give_up:
+                raise
+            report("ray", f"waiting for nodes: {error}")
+        # Ray tells of no node that joins: it has to be asked.
+        await asyncio.sleep(_LOOK_AT_NODES_S)
 
 
 def hosted_model(config: ServeConfig, environment: Environment, report: Report) -> HostedModel:

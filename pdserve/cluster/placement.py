@@ -7,7 +7,7 @@ checked here, and said.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pdserve.core.config import ServeConfig
@@ -16,8 +16,8 @@ from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 
 _ACCELERATOR_PREFIX: Final = "accelerator_type:"
-_ACCELERATOR_SHARE: Final = 0.001
-"""Ray's convention: asking for a sliver of `accelerator_type:X` places on a node that has X."""
+_SLIVER: Final = 0.001
+"""Asking for a sliver of a resource, such as `accelerator_type:X`, is how Ray finds a node that has it."""
 _MAX_CPUS_PER_GPU_WORKER: Final = 8
 """A GPU worker's host side is one compute loop and one transfer thread; more cores do nothing for it."""
 
@@ -31,6 +31,8 @@ class Node:
     cpus: int
     gpus: float = 0.0
     accelerator_types: tuple[str, ...] = ()
+    resources: frozenset[str] = frozenset()
+    """Names of everything it offers, custom resources among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,8 @@ class PlacementPlan:
     cpus_per_worker: int
     gpus_per_worker: float
     accelerator_type: str | None
+    node_resources: Mapping[Role, str] = field(default_factory=dict)
+    """What only the nodes of a role offer; a role that is not here goes anywhere."""
 
     @property
     def slots(self) -> tuple[WorkerSlot, ...]:
@@ -67,14 +71,24 @@ class PlacementPlan:
         """How many workers share one GPU; 1 unless a worker asks for a fraction."""
         return int(1 / self.gpus_per_worker) if 0 < self.gpus_per_worker < 1 else 1
 
-    def bundle(self) -> dict[str, float]:
-        """What one worker reserves in its placement group."""
+    def bundle(self, role: Role) -> dict[str, float]:
+        """What one worker reserves in its role's placement group."""
         wanted: dict[str, float] = {"CPU": float(self.cpus_per_worker)}
         if self.uses_gpus:
             wanted["GPU"] = self.gpus_per_worker
         if self.accelerator_type is not None:
-            wanted[_ACCELERATOR_PREFIX + self.accelerator_type] = _ACCELERATOR_SHARE
+            wanted[_ACCELERATOR_PREFIX + self.accelerator_type] = _SLIVER
+        if role in self.node_resources:
+            wanted[self.node_resources[role]] = _SLIVER
         return wanted
+
+    def fits(self, role: Role, node: Node) -> int:
+        """Workers of a role that an empty node has room for."""
+        only_with = self.node_resources.get(role)
+        if only_with is not None and only_with not in node.resources:
+            return 0
+        by_cpu = node.cpus // self.cpus_per_worker
+        return min(by_cpu, int(node.gpus / self.gpus_per_worker + 1e-9)) if self.uses_gpus else by_cpu
 
 
 def node_from_resources(node_id: str, host: str, resources: Mapping[str, float]) -> Node:
@@ -84,6 +98,7 @@ def node_from_resources(node_id: str, host: str, resources: Mapping[str, float])
         host=host,
         cpus=int(resources.get("CPU", 0)),
         gpus=resources.get("GPU", 0.0),
+        resources=frozenset(resources),
         accelerator_types=tuple(
             sorted(
                 name.removeprefix(_ACCELERATOR_PREFIX)
@@ -114,6 +129,7 @@ def plan_placement(config: ServeConfig, nodes: Sequence[Node]) -> PlacementPlan:
         cpus_per_worker=_cpus_per_worker(config, num_workers, nodes, on_gpu=gpus > 0),
         gpus_per_worker=gpus,
         accelerator_type=wanted_type,
+        node_resources=_node_resources(config),
     )
     _require_room(plan, nodes)
     return plan
@@ -189,17 +205,35 @@ def _cpus_per_worker(config: ServeConfig, num_workers: int, nodes: Sequence[Node
     return min(share, max(1, max(node.cpus for node in nodes)))
 
 
+def _node_resources(config: ServeConfig) -> dict[Role, str]:
+    cluster = config.cluster
+    wanted = {Role.PREFILL: cluster.prefill_node_resource, Role.DECODE: cluster.decode_node_resource}
+    return {role: name for role, name in wanted.items() if name is not None}
+
+
 def _require_room(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
-    """Whether whole workers fit on the nodes, first fit; a worker never spans two."""
-    left = len(plan.slots)
-    for node in nodes:
-        fits = node.cpus // plan.cpus_per_worker
-        if plan.uses_gpus:
-            fits = min(fits, int(node.gpus / plan.gpus_per_worker + 1e-9))
-        left -= fits
-    if left > 0:
-        have = ", ".join(f"{node.host}: {node.cpus} CPUs, {node.gpus:g} GPUs" for node in nodes)
-        raise ConfigError(
-            f"{len(plan.slots)} workers want {plan.cpus_per_worker} CPUs and {plan.gpus_per_worker:g} GPUs "
-            f"each; {left} of them fit nowhere ({have}); start fewer, or lower cluster.cpus_per_worker"
-        )
+    """Whether whole workers fit on the nodes, first fit; a worker never spans two.
+
+    The role that is choosier about its nodes takes them first.
+    """
+    wanted = {Role.PREFILL: len(plan.prefill), Role.DECODE: len(plan.decode)}
+    left = {node.id: max(plan.fits(role, node) for role in Role) for node in nodes}
+    for role in sorted(wanted, key=lambda role: role not in plan.node_resources):
+        for node in nodes:
+            taken = min(left[node.id], wanted[role]) if plan.fits(role, node) else 0
+            left[node.id] -= taken
+            wanted[role] -= taken
+        if wanted[role] > 0:
+            raise ConfigError(_no_room(plan, role, wanted[role], nodes))
+
+
+def _no_room(plan: PlacementPlan, role: Role, left_over: int, nodes: Sequence[Node]) -> str:
+    only = plan.node_resources.get(role)
+    having = [node for node in nodes if only is None or only in node.resources]
+    have = ", ".join(f"{node.host}: {node.cpus} CPUs, {node.gpus:g} GPUs" for node in having) or "none"
+    on = "" if only is None else f" on nodes that offer {only}"
+    return (
+        f"{len(plan.slots)} workers want {plan.cpus_per_worker} CPUs and {plan.gpus_per_worker:g} GPUs each; "
+        f"{left_over} of them fit nowhere{on} ({have}); start fewer, or lower "
+        "cluster.cpus_per_worker"
+    )

@@ -131,15 +131,15 @@ class RayHost:
                     await group.ready()
             except TimeoutError:
                 raise ConfigError(
-                    f"the cluster had no room for {len(slots)} {role.value} workers of {self._plan.bundle()} "
-                    f"within {timeout_s:g} s; free some, or start fewer"
+                    f"the cluster had no room for {len(slots)} {role.value} workers of "
+                    f"{self._plan.bundle(role)} within {timeout_s:g} s; free some, or start fewer"
                 ) from None
             nodes: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
             self._node_of |= {slot.worker: nodes[slot.index] for slot in slots}
         self._pinned = core_slots(self._plan, self._node_of, self._session.nodes())
 
     def _group(self, role: Role, count: int) -> PlacementGroup:
-        name, bundles = f"{NAMESPACE}-{role.value}", [self._plan.bundle() for _ in range(count)]
+        name, bundles = f"{NAMESPACE}-{role.value}", [self._plan.bundle(role) for _ in range(count)]
         if self.outlives_us:
             with contextlib.suppress(ValueError):  # there is none
                 left: PlacementGroup = get_placement_group(name)

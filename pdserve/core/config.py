@@ -270,6 +270,9 @@ class CoordinatorSettings(Frozen):
         return self
 
 
+NodeResource = Annotated[str, Field(pattern=r"^[A-Za-z][\w.-]*$")] | None
+
+
 class ClusterSettings(Frozen):
     address: str = "local"
     """`local` starts Ray on this machine; `auto` or host:port joins a running cluster."""
@@ -277,6 +280,11 @@ class ClusterSettings(Frozen):
     """As Ray names it (H100, H200, A100); None takes any GPU, or the CPU where there is none."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
     """None: 1 where the cluster has enough GPUs, a share where it has fewer, 0 where it has none."""
+    prefill_node_resource: NodeResource = None
+    """Prefill workers go only to nodes that offer this custom Ray resource, as started with
+    `ray start --resources='{"prefill": 1}'`: a group of machines of their own. Any node by default."""
+    decode_node_resource: NodeResource = None
+    """The same for decode workers."""
     cpus_per_worker: PositiveInt | None = None
     """None: the machine's cores divided among the workers."""
     lend_cores: bool = True
@@ -290,6 +298,9 @@ class ClusterSettings(Frozen):
     """How often a worker tells the coordinator how it is."""
     start_timeout_s: Seconds = 300.0
     """A worker that has not loaded its model by then has failed."""
+    join_timeout_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long to wait, on a cluster that we join, until it has nodes enough for all workers. 0: refuse at
+    once."""
     linger_s: Annotated[float, Field(ge=0)] = 60.0
     """How long workers outlive a `pdserve serve` that was killed, so that the next one with the same settings
     takes them over without loading anything. 0: they end with it."""

@@ -7,6 +7,7 @@ import yaml
 
 from pdserve.cluster.placement import Node, plan_placement
 from pdserve.core.config import load_config
+from pdserve.core.messages import Role
 from tests.support.paths import REPO
 
 CONFIGS = sorted(path.name for path in (REPO / "deploy").glob("*.yaml") if path.name != "ray-cluster.yaml")
@@ -25,7 +26,7 @@ def test_the_cluster_example_fits_two_nodes_of_eight_h100() -> None:
     config = load_config(REPO / "deploy" / "h100-cluster.yaml", {})
     nodes = [Node(id=n, host=n, cpus=96, gpus=8, accelerator_types=("H100",)) for n in "ab"]
     plan = plan_placement(config, nodes)
-    assert plan.bundle()["accelerator_type:H100"] == 0.001
+    assert plan.bundle(Role.DECODE)["accelerator_type:H100"] == 0.001
     assert len(plan.slots) == 16
 
 

@@ -11,6 +11,7 @@ from pdserve.cluster.ray_host import worker_config
 from pdserve.core.config import ClusterSettings, DecodeSettings, PrefillSettings, ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
+from pdserve.core.messages import Role
 
 
 def config(prefill: int = 1, decode: int = 1, **cluster: object) -> ServeConfig:
@@ -21,8 +22,21 @@ def config(prefill: int = 1, decode: int = 1, **cluster: object) -> ServeConfig:
     )
 
 
-def node(cpus: int, gpus: float = 0, accelerators: tuple[str, ...] = (), id: str = "n0") -> Node:
-    return Node(id=id, host=f"host-{id}", cpus=cpus, gpus=gpus, accelerator_types=accelerators)
+def node(
+    cpus: int,
+    gpus: float = 0,
+    accelerators: tuple[str, ...] = (),
+    id: str = "n0",
+    resources: tuple[str, ...] = (),
+) -> Node:
+    return Node(
+        id=id,
+        host=f"host-{id}",
+        cpus=cpus,
+        gpus=gpus,
+        accelerator_types=accelerators,
+        resources=frozenset(resources),
+    )
 
 
 def test_two_cores_are_one_for_prefill_and_one_for_decode() -> None:
@@ -56,7 +70,7 @@ def test_colocated_serving_has_no_prefill_group() -> None:
 def test_each_worker_takes_a_gpu_where_there_are_enough() -> None:
     plan = plan_placement(config(2, 2), [node(64, 4)])
     assert plan.gpus_per_worker == 1
-    assert plan.bundle() == {"CPU": 8.0, "GPU": 1.0}
+    assert plan.bundle(Role.DECODE) == {"CPU": 8.0, "GPU": 1.0}
     assert core_slots(plan, {slot.worker: "n0" for slot in plan.slots}, [node(64, 4)]) == {
         slot.worker: () for slot in plan.slots
     }
@@ -72,7 +86,7 @@ def test_one_gpu_is_shared_and_so_is_its_memory() -> None:
 
 def test_an_accelerator_type_is_asked_for_by_its_ray_resource() -> None:
     plan = plan_placement(config(accelerator_type="H100"), [node(64, 8, ("H100",)), node(64, 8, ("A100",))])
-    assert plan.bundle() == {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100": 0.001}
+    assert plan.bundle(Role.DECODE) == {"CPU": 8.0, "GPU": 1.0, "accelerator_type:H100": 0.001}
 
 
 def test_an_accelerator_type_that_no_node_has_is_refused_by_name() -> None:
@@ -95,7 +109,12 @@ def test_workers_that_fit_on_no_node_are_refused_though_the_total_would_do() -> 
 def test_a_node_is_read_from_what_ray_says() -> None:
     resources = {"CPU": 16.0, "GPU": 1.0, "accelerator_type:H200": 1.0, "memory": 1e11, "node:10.0.0.1": 1.0}
     assert node_from_resources("ab", "10.0.0.1", resources) == Node(
-        id="ab", host="10.0.0.1", cpus=16, gpus=1.0, accelerator_types=("H200",)
+        id="ab",
+        host="10.0.0.1",
+        cpus=16,
+        gpus=1.0,
+        accelerator_types=("H200",),
+        resources=frozenset(resources),
     )
 
 
@@ -124,3 +143,24 @@ def test_small_models_share_one_gpu() -> None:
     )
     plan = plan_placement(several, [node(16, 1)])
     assert plan.gpus_per_worker == pytest.approx(1 / 3)
+
+
+def test_a_role_can_be_kept_to_nodes_that_offer_a_resource() -> None:
+    pinned = config(8, 8, prefill_node_resource="prefill", decode_node_resource="decode")
+    groups = [node(64, 8, id="p", resources=("prefill",)), node(64, 8, id="d", resources=("decode",))]
+    plan = plan_placement(pinned, groups)
+    assert plan.bundle(Role.PREFILL)["prefill"] == plan.bundle(Role.DECODE)["decode"] == 0.001
+    assert "decode" not in plan.bundle(Role.PREFILL)
+
+
+def test_a_role_without_room_on_its_own_nodes_is_refused_though_others_are_free() -> None:
+    pinned = config(2, 1, prefill_node_resource="prefill", gpus_per_worker=1)
+    nodes = [node(64, 1, id="p", resources=("prefill",)), node(64, 8, id="d")]
+    with pytest.raises(ConfigError, match=r"1 of them fit nowhere on nodes that offer prefill"):
+        plan_placement(pinned, nodes)
+
+
+def test_a_role_that_goes_anywhere_leaves_the_others_nodes_to_it() -> None:
+    pinned = config(1, 1, decode_node_resource="decode", gpus_per_worker=1)
+    nodes = [node(64, 1, id="d", resources=("decode",)), node(64, 1, id="x")]
+    assert len(plan_placement(pinned, nodes).slots) == 2
