@@ -113,6 +113,12 @@ def _of_heartbeat(beat: Heartbeat, name: str, role: str) -> Iterator[Sample]:
         ("io_error", tiers.io_errors),
     ):
         yield catalog.TIER_LOST, (name, why), count
+    for pair in beat.pairs:
+        yield catalog.PAIR_UP, (name, pair.peer), not pair.error
+        if pair.bytes_per_s is not None:
+            yield catalog.PAIR_BANDWIDTH, (name, pair.peer, pair.path), pair.bytes_per_s
+        if pair.latency_s is not None:
+            yield catalog.PAIR_LATENCY, (name, pair.peer, pair.path), pair.latency_s
     for position, (proposed, accepted) in enumerate(zip(beat.proposed_at, beat.accepted_at, strict=True)):
         yield catalog.DRAFTED, (name, str(position)), proposed
         yield catalog.ACCEPTED, (name, str(position)), accepted

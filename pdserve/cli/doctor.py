@@ -72,7 +72,8 @@ def check_transfer(_: ServeConfig) -> Finding:
     except PdServeError as error:
         return bad("nixl", str(error), "see docs/transfer.md; `UCX_LOG_LEVEL=info pdserve doctor` says more")
     speed = "" if path.gigabytes_per_s is None else f" at {path.gigabytes_per_s:.1f} GB/s"
-    found = f"a block moved between two processes over {path.path}{speed}"
+    small = "" if path.latency_s is None else f", 4 KiB in {1e6 * path.latency_s:.0f} us"
+    found = f"a block moved between two processes over {path.path}{speed}{small}"
     if path.path == "tcp":
         return warn("nixl", found, "workers of one machine should share memory: see `process memory` above")
     return ok("nixl", found)

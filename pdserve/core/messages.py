@@ -56,6 +56,8 @@ class RequestSpec:
     """Wall clock, seconds; prefill batches earliest first."""
     priority: int = 0
     """Lower is more urgent, as in vLLM."""
+    tpot_target_s: float | None = None
+    """Steps that write its answer hold as much of other prompts as this leaves room for."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -450,6 +452,21 @@ class DeviceUsage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairState:
+    """The way from the worker that says so to one transfer peer, as it was probed when they met."""
+
+    peer: WorkerId
+    path: str
+    """cuda_ipc, rdma, shm, tcp, local, fake or unknown."""
+    bytes_per_s: float | None
+    """Of a large write; None where it could not be probed."""
+    latency_s: float | None
+    """Of a small one."""
+    error: str = ""
+    """Why nothing moves there, if that is so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """Sent off the compute loop, every `heartbeat_s`; silence means dead."""
 
@@ -479,6 +496,8 @@ class Heartbeat:
     """None: nothing could be read."""
     tiers: TierCounts = TierCounts()
     """All zero where there are none."""
+    pairs: list[PairState] = field(default_factory=list)
+    """Of every transfer peer that was met."""
     role: Role | None = None
     """What it takes new requests of; None: what `WorkerInfo` said. See `ChangeRole`."""
     stopping: bool = False

@@ -331,6 +331,27 @@ TIER_LOST: Final = _counter(
     "why",
     source=_W,
 )
+PAIR_BANDWIDTH: Final = _gauge(
+    "pair_bytes_per_second",
+    "bytes",
+    "What a large write to a transfer peer reached when they met",
+    "worker",
+    "peer",
+    "path",
+    source=_W,
+)
+PAIR_LATENCY: Final = _gauge(
+    "pair_latency_seconds",
+    "seconds",
+    "What a small write to a transfer peer took when they met",
+    "worker",
+    "peer",
+    "path",
+    source=_W,
+)
+PAIR_UP: Final = _gauge(
+    "pair_up", "bool", "1 while KV can be moved from the worker to the peer", "worker", "peer", source=_W
+)
 DRAFTED: Final = _counter(
     "draft_tokens",
     "tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvtransfer.protocol import Path, PathInfo
 from pdserve.core.ids import WorkerId
-from pdserve.core.messages import ConnectPeer
+from pdserve.core.messages import ConnectPeer, PairState
 from pdserve.worker.events import Action, ConnectTransfer, DisconnectTransfer
 
 
@@ -14,6 +14,7 @@ class PeerTable:
     def __init__(self) -> None:
         self._epochs: dict[WorkerId, int] = {}
         self._paths: dict[WorkerId, PathInfo] = {}
+        self._errors: dict[WorkerId, str] = {}
 
     def epoch(self, peer: WorkerId) -> int | None:
         return self._epochs.get(peer)
@@ -33,6 +34,22 @@ class PeerTable:
 
     def connected(self, peer: WorkerId, path: PathInfo) -> None:
         self._paths[peer] = path
+        self._errors.pop(peer, None)
+
+    def failed(self, peer: WorkerId, error: str) -> None:
+        """Nothing moves there until a coordinator connects it again."""
+        self._epochs.pop(peer, None)
+        self._errors[peer] = error
+
+    def states(self) -> list[PairState]:
+        """What is known of the way to each peer."""
+        unknown = PathInfo(path=Path.UNKNOWN)
+        return [
+            _state(peer, self._paths.get(peer, unknown), self._errors.get(peer, "")) for peer in self._met()
+        ]
+
+    def _met(self) -> list[WorkerId]:
+        return sorted({*self._paths, *self._errors})
 
     def drop(self, peer: WorkerId, epoch: int) -> list[Action]:
         """The process of that epoch is gone; a newer one, already connected, stays."""
@@ -42,5 +59,18 @@ class PeerTable:
         return [DisconnectTransfer(peer, epoch)]
 
     def forget(self, peer: WorkerId) -> None:
+        """Its process is gone."""
         self._epochs.pop(peer, None)
         self._paths.pop(peer, None)
+        self._errors.pop(peer, None)
+
+
+def _state(peer: WorkerId, path: PathInfo, error: str) -> PairState:
+    rate = path.gigabytes_per_s
+    return PairState(
+        peer=peer,
+        path=path.path.value,
+        bytes_per_s=None if rate is None else rate * 1e9,
+        latency_s=path.latency_s,
+        error=error,
+    )

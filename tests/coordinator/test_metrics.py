@@ -19,7 +19,15 @@ from pdserve.core.config import CostSettings
 from pdserve.core.errors import Overloaded, RequestCancelled
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase
-from pdserve.core.messages import BlockCounts, DeviceUsage, FinishReason, Heartbeat, Role, TransferDone
+from pdserve.core.messages import (
+    BlockCounts,
+    DeviceUsage,
+    FinishReason,
+    Heartbeat,
+    PairState,
+    Role,
+    TransferDone,
+)
 from pdserve.core.metric_catalog import Kind, Source
 from tests.support.model_workers import worker_info
 
@@ -104,6 +112,7 @@ def fleet_of(*names: str) -> Fleet:
             busy_s=0.7,
             proposed_at=[3, 2],
             accepted_at=[2, 1],
+            pairs=[PairState(peer=WorkerId("peer-0"), path="shm", bytes_per_s=9e9, latency_s=1e-5)],
             device=DeviceUsage(utilisation=0.5, memory_used_bytes=1, memory_total_bytes=2, power_w=300.0),
         )
         state.heard(beat)
