@@ -25,8 +25,10 @@ from pdserve.core.messages import (
     Drain,
     DropPeer,
     Heartbeat,
+    Hello,
     Message,
     Role,
+    SendPrefixes,
     StartPrefill,
     Undrain,
 )
@@ -45,6 +47,7 @@ from pdserve.worker.events import (
     UndrainAsked,
 )
 from pdserve.worker.meter import StepMeter
+from pdserve.worker.prefix_feed import PrefixFeed
 from pdserve.worker.prefix_moves import PrefixMoves
 from pdserve.worker.shared import Shared
 from prefill.scheduler import PrefillScheduler
@@ -65,7 +68,7 @@ class ElasticScheduler:
     ) -> None:
         """prefill_tokens: budget of a step that only reads prompts for others. decode_tokens: of one in which
         answers are written too."""
-        self._shared, self._decode_tokens = shared, decode_tokens
+        self._shared = shared
         self._prefill = PrefillScheduler(
             shared, max_num_batched_tokens=prefill_tokens, max_num_seqs=prefill_seqs
         )
@@ -81,6 +84,7 @@ class ElasticScheduler:
             lambda: shared.duty.draining,
         )
         self._role_change = RoleChange(shared, self._prefill, self._decode)
+        self._prefix_feed = PrefixFeed(shared.worker, shared.epoch, shared.cache)
         self._meter = StepMeter()
 
     @property
@@ -98,9 +102,12 @@ class ElasticScheduler:
         match event:
             case FromCoordinator(owner, message):
                 self._role_change.met(owner)
+                if isinstance(message, Hello):
+                    self._prefix_feed.met(owner)
                 return self._message(owner, message, now)
             case CoordinatorLost(owner):
                 self._role_change.lost(owner)
+                self._prefix_feed.lost(owner)
                 return [*self._prefill.owner_lost(owner, now), *self._decode.owner_lost(owner, now)]
             case NoteArrived():
                 return self._decode.note(event, now)
@@ -110,7 +117,7 @@ class ElasticScheduler:
                 shared.peers.connected(event.peer, event.path)
                 return []
             case PeerFailed():
-                shared.peers.forget(event.peer)
+                shared.peers.failed(event.peer, event.error)
                 return self._peer_lost(event.peer, PeerLost(event.peer, event.error), now, None)
             case DrainAsked() | UndrainAsked():
                 shared.duty.process(event)
@@ -140,6 +147,9 @@ class ElasticScheduler:
                 return []
             case ChangeRole(role=role):
                 return self._role_change.asked(owner, role)
+            case SendPrefixes():
+                self._prefix_feed.met(owner)
+                return []
             case _:
                 return self._decode.message(owner, message, now)
 
@@ -170,9 +180,7 @@ class ElasticScheduler:
         decode, actions = self._decode.schedule(now, alone=not self._prefill.has_work)
         budget = None
         if decode is not None:
-            # At least a block of a prompt goes along, or none would ever be read beside many answers.
-            rows = sum(turn.end - turn.start for turn in decode.turns)
-            budget = max(self._decode_tokens - rows, self._shared.layout.block_tokens)
+            budget = self._decode.prompt_budget(decode)
         prefill, begun = self._prefill.schedule(now, budget)
         if decode is None and prefill is None:
             return None, [*actions, *begun]
@@ -194,6 +202,8 @@ class ElasticScheduler:
             actions += self._decode.complete(plan.decode, results[: len(plan.turns)], now)
         if plan.prefill is not None:
             actions += self._prefill.complete(plan.prefill, results[len(plan.turns) :], now)
+        read = sum(chunk.end - chunk.start for chunk in plan.chunks)
+        self._decode.stepped(plan.decode, read, now - plan.started)
         self._meter.count(seconds=now - plan.started, tokens=plan.num_tokens)
         return actions
 
@@ -202,6 +212,7 @@ class ElasticScheduler:
     def sweep(self, now: float) -> list[Action]:
         """What ran out; what waits to be moved; conservation of blocks."""
         actions = [*self._decode.sweep(now), *self._prefixes.sweep(now), *self._role_change.sweep()]
+        actions += self._prefix_feed.due()
         self._shared.pool.check()
         return actions + [MoveTier(command) for command in self._shared.tiering.commands()]
 
@@ -237,6 +248,7 @@ class ElasticScheduler:
             prefix_query_tokens=shared.cache.stats.query_tokens,
             steps=meter.steps,
             tiers=shared.tiering.counts(),
+            pairs=shared.peers.states(),
             preemptions=decode.num_preemptions,
             proposed_at=[] if speculation is None else list(speculation.proposed_at),
             accepted_at=[] if speculation is None else list(speculation.accepted_at),

@@ -19,8 +19,9 @@ class PrefixFeed:
         self._new: set[OwnerId] = set()
 
     def met(self, owner: OwnerId) -> None:
-        """A coordinator has come, or missed something: it gets a snapshot."""
-        self._new.add(owner)
+        """A coordinator has come, or missed something: it gets a snapshot, of a cache that keeps anything."""
+        if self._cache.enabled:
+            self._new.add(owner)
 
     def lost(self, owner: OwnerId) -> None:
         self._new.discard(owner)

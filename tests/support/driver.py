@@ -22,6 +22,7 @@ from pdserve.core.messages import (
     Hello,
     Message,
     PrefillDone,
+    PrefixEvents,
     PushesSettled,
     Refused,
     RequestSpec,
@@ -69,6 +70,7 @@ class Driver:
         self._ids = itertools.count()
         self.infos: dict[WorkerId, WorkerInfo] = {}
         self.heartbeats: dict[WorkerId, list[Heartbeat]] = {}
+        self.prefix_events: list[PrefixEvents] = []
         self._heard = asyncio.Condition()
         self.strays: list[Message] = []
         """Messages about attempts that nobody asks for any more."""
@@ -178,6 +180,9 @@ class Driver:
             for message in batch:
                 if isinstance(message, Heartbeat):
                     self.heartbeats[worker].append(message)
+                    continue
+                if isinstance(message, PrefixEvents):
+                    self.prefix_events.append(message)
                     continue
                 attempt = attempt_of(message)
                 inbox = self._inboxes.get(attempt) if attempt is not None else None

@@ -29,6 +29,7 @@ from pdserve.core.messages import (
     Migrate,
     Orphaned,
     PrefillDone,
+    PrefixEvents,
     PushesSettled,
     Refused,
     RenewLease,
@@ -284,6 +285,8 @@ class World:
 
     def hear(self) -> None:
         worker, message = self.up.popleft()
+        if isinstance(message, PrefixEvents):
+            return
         if isinstance(message, Orphaned):
             self.down[message.writer].append(Cancel(attempt=message.attempt, reason="orphan"))
             return
