@@ -16,7 +16,6 @@ from typing import Final
 _CLONE_NEWNET: Final = 0x40000000
 _CLONE_NEWNS: Final = 0x00020000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
-NAMES: Final = ("pdserve-a", "pdserve-b")
 DEVICE: Final = "veth0"
 ADDRESSES: Final = ("10.213.7.1", "10.213.7.2")
 
@@ -28,16 +27,17 @@ def available() -> bool:
 @contextmanager
 def two_namespaces() -> Iterator[tuple[str, str]]:
     """Their names; both, and the cable, are gone afterwards. Raises CalledProcessError."""
+    names = f"pdserve-{os.getpid()}-a", f"pdserve-{os.getpid()}-b"
     with ExitStack() as undo:
-        for name in NAMES:
+        for name in names:
             _ip("netns", "add", name)
             undo.callback(_ip, "netns", "delete", name)
-        _ip("link", "add", DEVICE, "netns", NAMES[0], "type", "veth", "peer", DEVICE, "netns", NAMES[1])
-        for name, address in zip(NAMES, ADDRESSES, strict=True):
+        _ip("link", "add", DEVICE, "netns", names[0], "type", "veth", "peer", DEVICE, "netns", names[1])
+        for name, address in zip(names, ADDRESSES, strict=True):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
             for device in (DEVICE, "lo"):
                 _ip("-n", name, "link", "set", device, "up")
-        yield NAMES
+        yield names
 
 
 def within(name: str) -> list[str]:
