@@ -94,17 +94,21 @@ def recipe(instructions: str | None = None, cache: Path | None = None) -> Recipe
     chosen = instructions or best_instructions(cpu_flags())
     if chosen is None:
         raise KernelsUnavailable("the CPU has no AVX2 with FMA")
-    compiler = find_compiler()
-    if compiler is None:
-        raise KernelsUnavailable(
-            "no C++ compiler", "install g++ or clang++, or `pip install ziglang` (extra `cpu` of pdserve)"
-        )
-    command = (*compiler, *_FLAGS, *INSTRUCTION_SETS[chosen][1])
-    digest = hashlib.sha256("\0".join((*command, *_identity(compiler))).encode())
+    options = (*_FLAGS, *INSTRUCTION_SETS[chosen][1])
+    digest = hashlib.sha256("\0".join(options).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    folder = (cache or CACHE).expanduser()
-    return Recipe(chosen, command, folder / f"pdcpu-{chosen}-{digest.hexdigest()[:20]}.so")
+    folder, stem = (cache or CACHE).expanduser(), f"pdcpu-{chosen}-{digest.hexdigest()[:16]}"
+    compiler = find_compiler()
+    if compiler is not None:
+        by = hashlib.sha256("\0".join((*compiler, *_identity(compiler))).encode()).hexdigest()[:8]
+        return Recipe(chosen, (*compiler, *options), folder / f"{stem}-{by}.so")
+    # Built while there was a compiler: in an earlier stage of a container image, perhaps.
+    for built in sorted(folder.glob(f"{stem}-*.so")):
+        return Recipe(chosen, (), built)
+    raise KernelsUnavailable(
+        "no C++ compiler", "install g++ or clang++, or `pip install ziglang` (extra `cpu` of pdserve)"
+    )
 
 
 def build(wanted: Recipe) -> Path:

@@ -181,6 +181,20 @@ def installed(check: str, *packages: str) -> Finding | None:
     return bad(check, "not installed", f'pip install "{packages[0]}"')
 
 
+def check_cpu_kernels(_: ServeConfig) -> Finding:
+    from pdcpu.build import KernelsUnavailable
+    from pdcpu.library import load  # may compile for some seconds
+
+    try:
+        library = load()
+    except KernelsUnavailable as error:
+        found = (
+            f"{error}: without a GPU, bfloat16 models are computed by torch alone, at half the speed or less"
+        )
+        return warn("cpu kernels", found, error.advice) if error.advice else ok("cpu kernels", found)
+    return ok("cpu kernels", f"compiled for {library.instructions}")
+
+
 SYSTEM_CHECKS: Final[tuple[Check, ...]] = (
     check_python,
     check_cores,
@@ -192,6 +206,7 @@ SYSTEM_CHECKS: Final[tuple[Check, ...]] = (
     check_torch,
     check_gpu,
     check_allocator,
+    check_cpu_kernels,
 )
 
 
