@@ -146,6 +146,7 @@ class Flight:
             arrival=request.arrival,
             ttft_deadline=None if target is None else request.arrival + target,
             priority=request.priority,
+            tpot_target_s=request.tpot_target_s,
         )
 
     def blamed(self, report: Report) -> tuple[str, str]:

@@ -7,8 +7,9 @@ up all of its blocks and is computed again later: the same tokens, because rando
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from decode.pace import Pace
 from decode.run import DecodePlan, DecodeRun, Stage, Turn
 from decode.speculation import Speculation
 from pdserve.core.errors import BlockPoolExhausted
@@ -34,6 +35,7 @@ class Batch:
         self._pool, self._cache, self._speculation = pool, cache, speculation
         self._block_tokens = block_tokens
         self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
+        self.pace = Pace(budget=max_num_batched_tokens, block_tokens=block_tokens)
         self._running: list[DecodeRun] = []
         self._preempted: list[DecodeRun] = []
         self._paused: set[AttemptId] = set()
@@ -86,7 +88,7 @@ class Batch:
         turns = list(self._decoding())
         if self.num_preemptions == preempted_before:
             self._resume_preempted()
-        reading = list(self._reading(len(turns)))
+        reading = list(self._reading([turn.run for turn in turns]))
         if turns and alone and not reading and self._speculation is not None:
             self._speculation.plan(turns, self._room, self._budget - len(turns))
         turns += reading
@@ -165,10 +167,10 @@ class Batch:
             run.computed = len(taken.cached) * self._block_tokens
             self.join(run)
 
-    def _reading(self, num_decoding: int) -> Iterator[Turn]:
-        """Chunks of prompts within what the decodes leave of the budget, at least a block a step."""
-        budget = max(self._budget - num_decoding, self._block_tokens)
-        seats = self._max_num_seqs - num_decoding
+    def _reading(self, answers: Sequence[DecodeRun]) -> Iterator[Turn]:
+        """Chunks of prompts, as much as is left beside the answers."""
+        budget = self.pace.prompt_tokens(answers)
+        seats = self._max_num_seqs - len(answers)
         readers = [run for run in self._running if run.remaining > 1]
         for run in sorted(readers, key=lambda r: r.spec.ttft_deadline or float("inf")):
             end = min(len(run.tokens), run.computed + budget)

@@ -330,6 +330,19 @@ class DecodeScheduler:
                 actions.append(Send(run.owner, started))
         return plan, actions
 
+    def prompt_budget(self, plan: DecodePlan) -> int:
+        """Tokens of other prompts that may be in the same step."""
+        answers = [turn.run for turn in plan.turns if turn.decodes]
+        read = sum(turn.end - turn.start for turn in plan.turns if not turn.decodes)
+        return max(self._batch.pace.prompt_tokens(answers) - read, self._block_tokens)
+
+    def stepped(self, plan: DecodePlan | None, prompt_tokens: int, seconds: float) -> None:
+        """A step took so long, with so many tokens of prompts for others in it."""
+        turns = plan.turns if plan else ()
+        read = sum(turn.end - turn.start for turn in turns if not turn.decodes)
+        answers = sum(turn.decodes for turn in turns)
+        self._batch.pace.stepped(num_answers=answers, prompt_tokens=prompt_tokens + read, seconds=seconds)
+
     def draft(self, plan: DecodePlan, clock: Callable[[], float]) -> None:
         """Have the guesses made that a plan wants; computes, where a model guesses."""
         if self._speculation is not None:

@@ -9,41 +9,13 @@ import pytest
 import torch
 
 from decode.drafting import PromptLookup
-from decode.run import DecodePlan, DecodeRun, Stage, Turn
+from decode.run import DecodePlan, DecodeRun, Turn
 from decode.speculation import Speculation, StepCost, choose_depths, standing
 from pdserve.core.errors import NoValidToken
-from pdserve.core.ids import AttemptId, RequestId
-from pdserve.core.messages import RequestSpec
 from pdserve.core.sampling import SamplingParams
 from pdserve.engine.batch import Sampled, SampleFailed, SampleRequest, SampleResult
-from pdserve.engine.prefix_cache import PrefixHashes
 from pdserve.engine.sampler import Sampler
-from pdserve.worker.events import OwnerId
-from pdserve.worker.urgency import decode_urgency
-
-
-def run_of(tokens: list[int], name: str = "r", max_tokens: int = 100) -> DecodeRun:
-    spec = RequestSpec(
-        attempt=AttemptId(RequestId(name), 0),
-        tokens=list(tokens),
-        num_prompt_tokens=len(tokens),
-        sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
-        eos_token_ids=(),
-        cache_salt=b"",
-        arrival=0.0,
-    )
-    return DecodeRun(
-        owner=OwnerId(1),
-        spec=spec,
-        urgency=decode_urgency(spec, 0),
-        source=None,
-        received=0.0,
-        lease_until=0.0,
-        stage=Stage.RUNNING,
-        hashes=PrefixHashes(b"", 4),
-        tokens=list(tokens),
-        computed=len(tokens) - 1,
-    )
+from tests.support.runs import run_of
 
 
 def turn_of(run: DecodeRun) -> Turn:
