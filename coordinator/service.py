@@ -25,6 +25,7 @@ from coordinator.gateway import SERVICE, Gateway, GatewaySettings
 from coordinator.metrics import Metrics
 from coordinator.metrics_server import MetricsServer
 from coordinator.models import LoadedModel, ServedModel
+from coordinator.recording import RecordingRegistry
 from coordinator.registry import Registry
 from coordinator.router import Router
 from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
@@ -86,10 +87,7 @@ class Coordinator:
         settings = self._config.coordinator
         tracer = make_tracer(self._config.tracing)
         dispatcher = Dispatcher(
-            Registry(
-                _registry_settings(self._config),
-                Router(settings.policy, self._config.seed, settings.local_prefill),
-            ),
+            make_registry(self._config, record=settings.record),
             self._metrics,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
             step_timeout_s=settings.step_timeout_s,
@@ -136,6 +134,8 @@ class Coordinator:
             await self._health.enter_graceful_shutdown()
             refusing = asyncio.create_task(running.server.stop(grace_s + 1.0))
             await running.dispatcher.stop(grace_s)
+            if isinstance(running.dispatcher.registry, RecordingRegistry):
+                running.dispatcher.registry.close()
             await refusing
             await asyncio.to_thread(running.metrics_server.close)
             if running.tracer is not None:
@@ -214,6 +214,15 @@ class _Running:
     server: grpc.aio.Server
     metrics_server: MetricsServer
     tracer: RequestTracer | None
+
+
+def make_registry(config: ServeConfig, *, record: str | None = None) -> Registry:
+    """As the configuration has it; `record`: a file for what it is told. Raises `ConfigError`."""
+    settings = config.coordinator
+    router = Router(settings.policy, config.seed, settings.local_prefill)
+    if record is None:
+        return Registry(_registry_settings(config), router)
+    return RecordingRegistry(_registry_settings(config), router, Path(record), config.model_dump_json())
 
 
 def _registry_settings(config: ServeConfig) -> RegistrySettings:

@@ -25,6 +25,7 @@ from pdserve.cli.generate import generate
 from pdserve.cli.logs import logs
 from pdserve.cli.models import models_app
 from pdserve.cli.serve import serve
+from pdserve.cli.replay import replay
 from pdserve.cli.simulate import simulate
 from pdserve.core.errors import PdServeError
 
@@ -53,6 +54,7 @@ app.command()(undrain)
 app.command()(explain)
 app.command()(logs)
 app.command()(simulate)
+app.command()(replay)
 app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")

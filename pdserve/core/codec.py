@@ -100,6 +100,16 @@ def decode(data: bytes) -> Message:
     return batch[0]
 
 
+def to_fields(value: Any) -> object:
+    """A dataclass of what messages may hold, as what msgpack takes; for files, which outlive no version."""
+    return _encoder(type(value))(value)
+
+
+def from_fields(cls: type, fields: object) -> object:
+    """What `to_fields` made of a `cls`. Raises TypeError or ValueError for anything else."""
+    return _decoder(cls)(fields)
+
+
 def _identity(value: Any) -> Any:
     return value
 

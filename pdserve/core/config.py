@@ -243,6 +243,9 @@ class CoordinatorSettings(Frozen):
     """Class of a request that names none."""
     tenants: dict[str, TenantSettings] = Field(default_factory=dict)
     """Limits and weights, by the tenant that requests name; `*` is for each of those that are not listed."""
+    record: str | None = None
+    """A file for everything that routing goes by, prompts' tokens included; `pdserve replay` checks with it
+    that the same inputs give the same decisions. It grows for as long as the coordinator runs."""
     max_message_mib: PositiveInt = 16
     """A larger gRPC message is refused."""
     max_attempts: PositiveInt = 3

@@ -70,6 +70,7 @@ coordinator.tenants.NAME.max_tokens_per_s number or nothing = nothing
 coordinator.tenants.NAME.burst_s number              = `10.0`
 coordinator.tenants.NAME.max_concurrent integer or nothing = nothing
 coordinator.tenants.NAME.max_queued integer or nothing = nothing
+coordinator.record               text or nothing     = nothing
 coordinator.max_message_mib      integer             = `16`
 coordinator.max_attempts         integer             = `3`
 coordinator.heartbeat_timeout_s  number              = `5.0`

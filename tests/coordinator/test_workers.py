@@ -60,7 +60,7 @@ async def test_another_protocol_version_is_refused_with_both_numbers(tmp_path: P
 
 @scenario
 async def test_somebody_who_is_no_worker_is_refused(tmp_path: Path) -> None:
-    async with answering(tmp_path, Hello(protocol=1, sender="w"), Drain()) as address:
+    async with answering(tmp_path, Hello(protocol=PROTOCOL_VERSION, sender="w"), Drain()) as address:
         with pytest.raises(ProtocolError, match="did not introduce itself"):
             await dial(address, sender="test")
 
