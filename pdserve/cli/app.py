@@ -18,14 +18,15 @@ from pdserve.cli.bench import bench_app
 from pdserve.cli.configuration import config_app
 from pdserve.cli.console import ERR, fail
 from pdserve.cli.demo import demo
+from pdserve.cli.deploy import deploy_app
 from pdserve.cli.doctor import doctor
 from pdserve.cli.drain import drain, undrain
 from pdserve.cli.explain import explain
 from pdserve.cli.generate import generate
 from pdserve.cli.logs import logs
 from pdserve.cli.models import models_app
-from pdserve.cli.serve import serve
 from pdserve.cli.replay import replay
+from pdserve.cli.serve import serve
 from pdserve.cli.simulate import simulate
 from pdserve.core.errors import PdServeError
 
@@ -58,6 +59,7 @@ app.command()(replay)
 app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
+app.add_typer(deploy_app, name="deploy")
 
 
 def _version(wanted: bool) -> None:

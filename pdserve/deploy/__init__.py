@@ -1,0 +1,1 @@
+"""From one small file to the manifests of a deployment on Kubernetes."""
