@@ -1,10 +1,11 @@
-"""A worker's state in Ray's own metrics, at about the rate of heartbeats.
+"""A worker's state in Ray's own metrics, and in the name of its process, which Ray's dashboard shows.
 
 A thread of its own reads the last published heartbeat: nothing here is on the way of a step or a token.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -16,8 +17,10 @@ from pdserve.core.messages import Heartbeat, Role
 from pdserve.core.metric_catalog import Kind, Metric
 from pdserve.worker.spec import WorkerSpec
 
-_EVERY_S: Final = 2.0
-"""Ray collects every ten seconds."""
+_EVERY_S: Final = 0.2
+"""How often the process is named: Ray gives it another name at every call."""
+_TELL_EVERY: Final = 5
+"""Times of that between two updates of the metrics, which Ray collects every ten seconds."""
 _BLOCK_STATES: Final = ("free", "held", "cached", "quarantined")
 
 
@@ -95,11 +98,17 @@ class Status:
 
 
 class Exporter:
-    """Tells every two seconds, on a daemon thread, until `stop`."""
+    """Tells every second, and names the process in between, on a daemon thread, until `stop`."""
 
-    def __init__(self, read: Callable[[], Heartbeat | None], tell: Callable[[Heartbeat], None]) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Heartbeat | None],
+        tell: Callable[[Heartbeat], None],
+        rename: Callable[[str], None],
+    ) -> None:
+        """rename: given what the worker does, in a few words."""
         self.status = "idle"
-        self._read, self._tell, self._describe = read, tell, Status()
+        self._read, self._tell, self._rename, self._describe = read, tell, rename, Status()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -108,11 +117,14 @@ class Exporter:
         self._stopping.set()
 
     def _run(self) -> None:
-        while not self._stopping.wait(_EVERY_S):
-            beat = self._read()
+        for count in itertools.count():
+            if self._stopping.wait(_EVERY_S):
+                return
+            beat = self._read() if count % _TELL_EVERY == 0 else None
             if beat is not None:
                 self.status = self._describe(beat)
                 self._tell(beat)
+            self._rename(self.status)
 
 
 def export_to_ray(spec: WorkerSpec, read: Callable[[], Heartbeat | None]) -> Exporter | None:
@@ -121,4 +133,6 @@ def export_to_ray(spec: WorkerSpec, read: Callable[[], Heartbeat | None]) -> Exp
     if ray is None or not ray.is_initialized():
         return None
     metrics = RayMetrics(spec.worker, spec.role, spec.model_name, ray_instrument)
-    return Exporter(read, metrics.update)
+    # Not a public name: without it the process keeps the name that Ray gave it.
+    name_process = getattr(ray._raylet, "setproctitle", lambda _: None)
+    return Exporter(read, metrics.update, lambda status: name_process(f"ray::{spec.worker} ({status})"))

@@ -83,10 +83,18 @@ def test_the_status_says_how_busy_a_worker_was_since_it_was_asked_last() -> None
 
 def test_the_exporter_tells_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_metrics, "_EVERY_S", 0.001)
-    told = threading.Event()
-    exporter = Exporter(lambda: BEAT, lambda beat: told.set())
+    told, named = threading.Event(), threading.Event()
+    names: list[str] = []
+
+    def name(status: str) -> None:
+        names.append(status)
+        named.set()
+
+    exporter = Exporter(lambda: BEAT, lambda beat: told.set(), name)
     assert told.wait(10)
+    assert named.wait(10)
     exporter.stop()
     exporter._thread.join(10)
     assert not exporter._thread.is_alive()
-    assert "2 running" in exporter.status
+    assert "2 running" in names[0]
+    assert exporter.status == names[-1]
