@@ -212,7 +212,8 @@ def disturbs(book: Book, flight: Flight, worker: WorkerState | None) -> bool:
     if worker.latency.decode.count < EVIDENCE:
         return False
     own_s = math.inf if flight.request.tpot_target_s is None else flight.request.tpot_target_s
-    step_s = worker.latency.step_s(*worker.batch_with(flight.num_tokens))
+    batch = worker.batch_with(flight.num_tokens)
+    step_s = worker.latency.step_s(*batch) + _TARGET_DEVIATIONS * worker.latency.decode.std((1.0, *batch))
     return step_s > min(own_s, worker.tpot_targets[0])
 
 
