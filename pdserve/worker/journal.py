@@ -42,15 +42,18 @@ class Journal:
         if entry is not None:
             attempt, text, fields = entry
             level = logging.WARNING if type(message) is AttemptFailed else logging.INFO
-            log.log(level, text, extra=about(attempt=attempt, **fields))
+            log.log(level, text, extra=about(attempt.request, attempt, **fields))
 
 
 def entry_of(message: Message) -> tuple[AttemptId, str, dict[str, object]] | None:
     """Whose, what and the figures; None for a message that is not worth a line."""
     match message:
         case StartDecode(spec=spec, prefill_worker=reader):
-            asked = {"tokens": len(spec.tokens), "prefill_worker": reader}
-            return spec.attempt, "asked to reserve blocks", asked
+            return (
+                spec.attempt,
+                "asked to reserve blocks",
+                {"tokens": len(spec.tokens), "prefill_worker": reader},
+            )
         case Reserved(attempt=attempt, blocks=blocks, cached_tokens=cached):
             return attempt, "reserved", {"blocks": len(blocks), "cached_tokens": cached}
         case Refused(attempt=attempt, reason=reason, detail=detail):
