@@ -11,7 +11,10 @@ from coordinator.dispatcher import Dispatcher
 from coordinator.events import DrainWorker, UndrainWorker
 from coordinator.explain import explanation
 from coordinator.fleet import WorkerState
+from coordinator.planner.control import PlannerControl
+from coordinator.planner.proposal import Proposal, change_in_words
 from coordinator.wire import status_of
+from pdserve.core.config import PlannerMode
 from pdserve.core.errors import InvalidRequest, PdServeError, RequestNotFound, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.proto.pdserve.v1 import admin_pb2 as pb
@@ -21,9 +24,27 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 Context = grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainStatus]
 
 
+def proposal_message(proposal: Proposal) -> pb.PlanProposal:
+    return pb.PlanProposal(
+        model=proposal.model,
+        standing=proposal.standing.value,
+        prefill=proposal.now.prefill,
+        decode=proposal.now.decode,
+        wanted_prefill=proposal.wanted.prefill,
+        wanted_decode=proposal.wanted.decode,
+        change=change_in_words(proposal.change),
+        gain=proposal.gain,
+        uncertainty=proposal.uncertainty,
+        rate=proposal.rate,
+        capacity=proposal.capacity,
+        wanted_capacity=proposal.wanted_capacity,
+        reason=proposal.reason,
+    )
+
+
 class Admin:
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, dispatcher: Dispatcher, plans: PlannerControl | None = None) -> None:
+        self._dispatcher, self._plans = dispatcher, plans
 
     def handler(self) -> grpc.GenericRpcHandler[object, object]:
         """The service, for a grpc.aio server."""
@@ -36,9 +57,20 @@ class Admin:
         undrain = grpc.unary_unary_rpc_method_handler(
             self.undrain, pb.UndrainRequest.FromString, pb.UndrainResponse.SerializeToString
         )
-        return grpc.method_handlers_generic_handler(
-            SERVICE, {"Drain": drain, "Undrain": undrain, "Explain": explain}
+        plan = grpc.unary_unary_rpc_method_handler(
+            self.plan, pb.PlanRequest.FromString, pb.Plans.SerializeToString
         )
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {"Drain": drain, "Undrain": undrain, "Explain": explain, "Plan": plan}
+        )
+
+    async def plan(
+        self, request: pb.PlanRequest, context: grpc.aio.ServicerContext[pb.PlanRequest, pb.Plans]
+    ) -> pb.Plans:
+        if self._plans is None:
+            return pb.Plans(mode=PlannerMode.OFF.value)
+        proposals = [proposal_message(proposal) for proposal in self._plans.proposals()]
+        return pb.Plans(mode=self._plans.mode.value, proposals=proposals)
 
     async def explain(
         self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext[pb.ExplainRequest, pb.Explanation]

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, get_args
+from typing import Final, Protocol, get_args
 
 from coordinator.events import (
     Action,
@@ -28,8 +28,10 @@ from coordinator.events import (
     WorkerGone,
     WorkerJoined,
 )
+from coordinator.fleet import Fleet
 from coordinator.metrics import Metrics
 from coordinator.registry import TICK_S, Registry
+from coordinator.report import Report
 from coordinator.request_log import log_accepted, log_end, log_placed
 from coordinator.streams import RequestStream
 from coordinator.tracing import RequestTracer
@@ -39,6 +41,7 @@ from pdserve.core.errors import PdServeError, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.logs import about
 from pdserve.core.messages import (
+    FinishReason,
     Heartbeat,
     Hello,
     Message,
@@ -55,6 +58,16 @@ log = logging.getLogger(__name__)
 _UP: Final = get_args(Up)
 
 
+class Watcher(Protocol):
+    """Told what passes through a dispatcher; may want something done when time has passed."""
+
+    def arrived(self, samples: Sequence[NewRequest], now: float) -> None: ...
+
+    def ended(self, report: Report, outcome: FinishReason | PdServeError, now: float) -> None: ...
+
+    def ticked(self, fleet: Fleet, now: float) -> Sequence[Event]: ...
+
+
 class Dispatcher:
     """Times are those of the running loop's clock, which is monotonic."""
 
@@ -66,12 +79,13 @@ class Dispatcher:
         heartbeat_timeout_s: float,
         step_timeout_s: float,
         tracer: RequestTracer | None = None,
+        watchers: Sequence[Watcher] = (),
         on_workers_changed: Callable[[], None],
         on_connection_lost: Callable[[WorkerInfo], None],
     ) -> None:
         """on_connection_lost: the worker was not silent, and its process may well live."""
         self.registry: Final = registry
-        self._metrics, self._tracer = metrics, tracer
+        self._metrics, self._tracer, self._watchers = metrics, tracer, tuple(watchers)
         self._heartbeat_timeout_s, self._step_timeout_s = heartbeat_timeout_s, step_timeout_s
         self._on_connection_lost = on_connection_lost
         self._ticked = asyncio.Event()
@@ -96,6 +110,8 @@ class Dispatcher:
             self._streams[sample.id] = stream
             log_accepted(sample)
         self._idle.clear()
+        for watcher in self._watchers:
+            watcher.arrived(samples, self.now())
         self.handle(Submit(samples=samples))
         self._arm()
         return stream
@@ -208,6 +224,8 @@ class Dispatcher:
             case End(report=report, outcome=outcome):
                 charged = self._metrics.ended(report, outcome)
                 log_end(report, outcome, charged)
+                for watcher in self._watchers:
+                    watcher.ended(report, outcome, self.now())
                 if self._tracer is not None:
                     epoch_ns = time.time_ns() - int(self._loop.time() * 1e9)
                     self._tracer.ended(report, outcome, epoch_ns=epoch_ns)
@@ -220,6 +238,9 @@ class Dispatcher:
         now = self._loop.time()
         self._drop_silent(now, late_s=now - self._due)
         self.handle(Tick())
+        for watcher in self._watchers:
+            for event in watcher.ticked(self.registry.fleet, now):
+                self.handle(event)
         self._metrics.loop_lag.set(max(now - self._due, 0.0))
         self._metrics.observe_fleet(self.registry.fleet)
         self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)

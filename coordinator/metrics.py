@@ -90,6 +90,10 @@ class Metrics:
         self.active = self._gauge(catalog.ACTIVE)
         self.waiting = self._gauge(catalog.WAITING)
         self.queue_limit = self._gauge(catalog.QUEUE_LIMIT)
+        self.planner_plans = self._counter(catalog.PLANNER_PLANS)
+        self.planner_rate = self._gauge(catalog.PLANNER_RATE)
+        self.planner_capacity = self._gauge(catalog.PLANNER_CAPACITY)
+        self.planner_wanted = self._gauge(catalog.PLANNER_WANTED)
         self.loop_lag = self._gauge(catalog.LOOP_LAG)
 
     def _histogram(self, metric: catalog.Metric) -> Histogram:

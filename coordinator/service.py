@@ -26,12 +26,13 @@ from coordinator.metrics import Metrics
 from coordinator.metrics_server import MetricsServer
 from coordinator.models import LoadedModel, ServedModel
 from coordinator.recording import RecordingRegistry
+from coordinator.planner.control import PlannerControl
 from coordinator.registry import Registry
 from coordinator.router import Router
 from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
 from coordinator.tracing import RequestTracer, make_tracer
 from coordinator.workers import dial
-from pdserve.core.config import CoordinatorSettings, ServeConfig
+from pdserve.core.config import CoordinatorSettings, PlannerMode, ServeConfig
 from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound, ProtocolError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role, WorkerInfo
@@ -86,22 +87,31 @@ class Coordinator:
         models = {name: model for model in loaded for name in model.served.names}
         settings = self._config.coordinator
         tracer = make_tracer(self._config.tracing)
+        plans = self._planners()
         dispatcher = Dispatcher(
             make_registry(self._config, record=settings.record),
             self._metrics,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
             step_timeout_s=settings.step_timeout_s,
             tracer=tracer,
+            watchers=() if plans is None else (plans,),
             on_connection_lost=self._connection_lost,
             on_workers_changed=self._workers_changed,
         )
         gateway = Gateway(dispatcher, models, _gateway_settings(settings), self._metrics, self._tokenisers)
-        server, port = _listen(settings, gateway, Admin(dispatcher), self._health)
+        server, port = _listen(settings, gateway, Admin(dispatcher, plans), self._health)
         metrics_server = _serve_metrics(settings, self._metrics, self._ray_targets)
         self._running = _Running(dispatcher, server, metrics_server, tracer)
         await server.start()
         await self._update_health()
         return Endpoints(f"{settings.host}:{port}", metrics_server.port)
+
+    def _planners(self) -> PlannerControl | None:
+        settings = self._config.planner
+        if settings.mode is PlannerMode.OFF:
+            return None
+        names = [model.name for model in self._served]
+        return PlannerControl(names, settings, self._config.coordinator, self._metrics)
 
     async def add_worker(self, address: str, *, model: str | None = None) -> WorkerInfo:
         """Dial a worker and put it to use; one of the same name is taken to be replaced, its process ended.

@@ -91,6 +91,11 @@ class Planner:
         """A change was made, by the planner or anybody else."""
         self._changed_at, self._held, self._held_for = now, 0, None
 
+    def only_proposed(self, proposal: Proposal) -> Proposal:
+        """It is due, and nobody acts."""
+        self.last = replace(proposal, standing=Standing.PROPOSED)
+        return self.last
+
     # --- what is best -----------------------------------------------------------------------------------
 
     def _splits(self, now: Split) -> list[Split]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
@@ -78,12 +79,18 @@ class Proposal:
     reason: str
 
     def __str__(self) -> str:
-        change = ""
-        match self.change:
-            case Flip(worker=worker, to=role):
-                change = f": {worker} becomes {role.value}"
-            case Scale(role=role, by=by):
-                change = f": {by:+d} {role.value}"
-            case None:
-                pass
-        return f"{self.model}: {self.standing.value}{change} ({self.reason})"
+        change = change_in_words(self.change)
+        return f"{self.model}: {self.standing.value}{': ' if change else ''}{change} ({self.reason})"
+
+
+def change_in_words(change: Change | None) -> str:
+    """Empty for None."""
+    match change:
+        case Flip(worker=worker, to=role):
+            return f"{worker} becomes {role.value}"
+        case Scale(role=role, by=by):
+            return f"{by:+d} {role.value}"
+        case None:
+            return ""
+        case _:
+            assert_never(change)

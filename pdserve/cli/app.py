@@ -25,6 +25,7 @@ from pdserve.cli.explain import explain
 from pdserve.cli.generate import generate
 from pdserve.cli.logs import logs
 from pdserve.cli.models import models_app
+from pdserve.cli.plan import plan
 from pdserve.cli.replay import replay
 from pdserve.cli.serve import serve
 from pdserve.cli.simulate import simulate
@@ -54,6 +55,7 @@ app.command()(drain)
 app.command()(undrain)
 app.command()(explain)
 app.command()(logs)
+app.command()(plan)
 app.command()(simulate)
 app.command()(replay)
 app.add_typer(bench_app, name="bench")

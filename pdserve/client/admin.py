@@ -54,6 +54,18 @@ def drain(address: str, worker: str, *, timeout_s: float | None = None) -> Itera
             call.cancel()  # type: ignore[no-untyped-call]  # the stubs leave its type out
 
 
+def plan(address: str, *, timeout_s: float = 10.0) -> pb.Plans:
+    """The newest plan of each model; the fields are described in admin.proto. Raises a `PdServeError`."""
+    with grpc.insecure_channel(target_of(address), options=OPTIONS) as channel:
+        method = channel.unary_unary(f"{_SERVICE}Plan", pb.PlanRequest.SerializeToString, pb.Plans.FromString)
+        call = method.future(pb.PlanRequest(), timeout=timeout_s)
+        try:
+            answer: pb.Plans = call.result()
+        except grpc.RpcError as error:
+            raise error_from(call.code(), call.details() or "", call.trailing_metadata() or ()) from error
+        return answer
+
+
 def explain(address: str, request: str = "", *, timeout_s: float = 10.0) -> pb.Explanation:
     """The story of a request: decisions with their candidates and predictions, attempts, phases, outputs.
 

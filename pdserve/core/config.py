@@ -348,6 +348,31 @@ class TracingSettings(Frozen):
         return self
 
 
+class PlannerMode(StrEnum):
+    """off: nothing is planned. advisory: proposals are shown. active: roles are changed as proposed."""
+
+    OFF = "off"
+    ADVISORY = "advisory"
+    ACTIVE = "active"
+
+
+class PlannerSettings(Frozen):
+    mode: Annotated[PlannerMode, BeforeValidator(_off)] = PlannerMode.ADVISORY
+    """off; advisory: propose how many workers of each role the load wants, see `pdserve plan`; active: also
+    change the roles of workers."""
+    budget_workers: PositiveInt | None = None
+    """Workers of a model at most, so that adding and removing some is proposed too (never done); nothing: as
+    many as there are."""
+    interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """Between two plans, and what demand is counted in."""
+    dwell_s: Seconds = 60.0
+    """Between two changes at least."""
+    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Part of the requests that a change must bring in time, beyond its own uncertainty."""
+    season_s: Annotated[float, Field(ge=0)] = 0.0
+    """After which the load repeats, 86400 for a day; 0: it is not known to."""
+
+
 class CostSettings(Frozen):
     currency: str = "USD"
     """Name of the money that prices are in."""
@@ -399,6 +424,7 @@ class ServeConfig(Frozen):
     logging: LoggingSettings = LoggingSettings()
     tracing: TracingSettings = TracingSettings()
     cost: CostSettings = CostSettings()
+    planner: PlannerSettings = PlannerSettings()
     seed: int = 0
     """Seeds routing and dummy weights; request seeds are their own."""
     models: tuple[ModelEntry, ...] = ()

@@ -196,6 +196,18 @@ PREDICTION_ERROR: Final = _metric(
 ACTIVE: Final = _gauge("active_requests", "samples", "Samples by phase", "phase")
 WAITING: Final = _gauge("waiting_requests", "samples", "Samples that wait for a decode worker")
 QUEUE_LIMIT: Final = _gauge("queue_limit", "samples", "How many may wait before more are refused")
+PLANNER_PLANS: Final = _counter("planner_plans", "plans", "Plans by what became of them", "model", "standing")
+PLANNER_RATE: Final = _gauge("planner_rate", "requests/s", "Arrivals that the planner predicts", "model")
+PLANNER_CAPACITY: Final = _gauge(
+    "planner_capacity",
+    "requests/s",
+    "What the fleet serves in time, as it is and as it is wanted",
+    "model",
+    "fleet",
+)
+PLANNER_WANTED: Final = _gauge(
+    "planner_wanted_workers", "workers", "Of the split that is wanted", "model", "role"
+)
 LOOP_LAG: Final = _gauge(
     "loop_lag_seconds", "seconds", "How late the coordinator's event loop was at its latest tick"
 )

@@ -104,6 +104,12 @@ cost.currency                    text                = `USD`
 cost.device_hour                 number              = `0.0`
 cost.prefill_device_hour         number or nothing   = nothing
 cost.kv_gib_hour                 number              = `0.0`
+planner.mode                     `off`, `advisory`, `active` = `advisory`
+planner.budget_workers           integer or nothing  = nothing
+planner.interval_s               number              = `10.0`
+planner.dwell_s                  number              = `60.0`
+planner.min_gain                 number              = `0.02`
+planner.season_s                 number              = `0.0`
 seed                             integer             = `0`
 models                           list                = `()`
 """  # noqa: E501 - a knob is a line

@@ -20,6 +20,98 @@ else:
 DESCRIPTOR: descriptor.FileDescriptor
 
 @typing.final
+class PlanRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Plans(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: builtins.int
+    PROPOSALS_FIELD_NUMBER: builtins.int
+    mode: builtins.str
+    """off, advisory or active; planner.mode."""
+    @builtins.property
+    def proposals(self) -> containers.RepeatedCompositeFieldContainer[PlanProposal]: ...
+    def __init__(
+        self,
+        *,
+        mode: builtins.str = ...,
+        proposals: abc.Iterable[PlanProposal] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["mode", b"mode", "proposals", b"proposals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PlanProposal(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    STANDING_FIELD_NUMBER: builtins.int
+    PREFILL_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    WANTED_PREFILL_FIELD_NUMBER: builtins.int
+    WANTED_DECODE_FIELD_NUMBER: builtins.int
+    CHANGE_FIELD_NUMBER: builtins.int
+    GAIN_FIELD_NUMBER: builtins.int
+    UNCERTAINTY_FIELD_NUMBER: builtins.int
+    RATE_FIELD_NUMBER: builtins.int
+    CAPACITY_FIELD_NUMBER: builtins.int
+    WANTED_CAPACITY_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    standing: builtins.str
+    """keep, proposed, acted, infeasible or unknown."""
+    prefill: builtins.int
+    decode: builtins.int
+    wanted_prefill: builtins.int
+    wanted_decode: builtins.int
+    change: builtins.str
+    """The first step towards it, in words; empty: none."""
+    gain: builtins.float
+    """Predicted, in parts of the requests served in time, and its standard deviation."""
+    uncertainty: builtins.float
+    rate: builtins.float
+    """Requests per second: predicted, and served in time by the fleet as it is and as it is wanted."""
+    capacity: builtins.float
+    wanted_capacity: builtins.float
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        standing: builtins.str = ...,
+        prefill: builtins.int = ...,
+        decode: builtins.int = ...,
+        wanted_prefill: builtins.int = ...,
+        wanted_decode: builtins.int = ...,
+        change: builtins.str = ...,
+        gain: builtins.float = ...,
+        uncertainty: builtins.float = ...,
+        rate: builtins.float = ...,
+        capacity: builtins.float = ...,
+        wanted_capacity: builtins.float = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["capacity", b"capacity", "change", b"change", "decode", b"decode", "gain", b"gain", "model", b"model", "prefill", b"prefill", "rate", b"rate", "reason", b"reason", "standing", b"standing", "uncertainty", b"uncertainty", "wanted_capacity", b"wanted_capacity", "wanted_decode", b"wanted_decode", "wanted_prefill", b"wanted_prefill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class DrainRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 

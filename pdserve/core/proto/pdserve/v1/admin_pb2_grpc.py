@@ -50,6 +50,11 @@ class AdminStub:
                 request_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Explanation.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/pdserve.v1.Admin/Plan',
+                request_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
+                response_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Plans.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -81,6 +86,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """How many workers of each role the load wants: the newest plan of each model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +110,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ExplainRequest.FromString,
                     response_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Explanation.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.PlanRequest.FromString,
+                    response_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Plans.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +199,33 @@ class Admin:
             '/pdserve.v1.Admin/Explain',
             pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
             pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Explanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Admin/Plan',
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Plans.FromString,
             options,
             channel_credentials,
             insecure,

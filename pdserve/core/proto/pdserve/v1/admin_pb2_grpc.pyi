@@ -46,6 +46,8 @@ class AdminStub:
     """Why a request went where it went, what was predicted, and how its time went. Of the last requests, running
     ones included (coordinator.explain_last); NOT_FOUND for others.
     """
+    Plan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.Plans]
+    """How many workers of each role the load wants: the newest plan of each model."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -65,6 +67,8 @@ class AdminAsyncStub(AdminStub):
     """Why a request went where it went, what was predicted, and how its time went. Of the last requests, running
     ones included (coordinator.explain_last); NOT_FOUND for others.
     """
+    Plan: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.Plans]  # type: ignore[assignment]
+    """How many workers of each role the load wants: the newest plan of each model."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """Errors are gRPC statuses, as described in generation.proto."""
@@ -99,5 +103,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         """Why a request went where it went, what was predicted, and how its time went. Of the last requests, running
         ones included (coordinator.explain_last); NOT_FOUND for others.
         """
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _admin_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Plans, _abc.Awaitable[_admin_pb2.Plans]]:
+        """How many workers of each role the load wants: the newest plan of each model."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
