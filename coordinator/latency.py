@@ -35,9 +35,11 @@ _SAME_FRAME_S: Final = 5e-4
 """Messages of one step come in one frame and are handled within this time."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """Prompts to read, in the features of prefill. Sums of work are work."""
+    """Prompts to read, in the features of prefill. Sums of work are work. Never changed; not frozen, as that
+    triples the time to make one, and a decision makes dozens.
+    """
 
     prompts: int = 0
     tokens: int = 0
@@ -70,7 +72,7 @@ class _Steps:
     """End of the frame before, or when the first prompt was sent to an idle worker."""
     frame: float | None = None
     """When the frame came that is being heard; None: nothing heard since `since`."""
-    work: Work = Work()
+    work: Work = field(default_factory=Work)
     spoiled: bool = False
     """Some of what the time since `since` went into was never told."""
 

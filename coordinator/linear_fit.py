@@ -62,11 +62,7 @@ class LinearFit:
         return self._coefficients
 
     def predict(self, x: Sequence[float]) -> float:
-        coefficients = self.coefficients
-        if len(coefficients) == 3:  # asked dozens of times for one decision
-            one, two, three = coefficients
-            return one * x[0] + two * x[1] + three * x[2]
-        return _dot(coefficients, x)
+        return _dot(self.coefficients, x)
 
     def std(self, x: Sequence[float]) -> float:
         """Standard deviation of an observation about `predict(x)`: scatter so far, and what is unknown."""
@@ -128,6 +124,11 @@ class LinearFit:
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    # Asked for dozens of times for one decision, nearly always of these sizes.
+    if len(a) == len(b) == 3:
+        return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+    if len(a) == len(b) == 2:
+        return a[0] * b[0] + a[1] * b[1]
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WHOLE: Final = 16
 """Pools of up to this many workers are looked at whole."""
-SAMPLE: Final = 12
+SAMPLE: Final = 8
 """Drawn from larger ones. The best of d draws is within log log n / log d of the best of all (Azar et al.,
 "Balanced Allocations", 1999)."""
 

@@ -18,6 +18,8 @@ from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 
 NO_GOAL: Final = Goal()
+_HOLDERS: Final = 4
+"""Of a prompt's beginning, who are looked at besides those that were drawn."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -198,8 +200,13 @@ class Router:
         if not policy.by_prefix or not ask.cached:
             return drawn
         there = {worker.id for worker in drawn}
-        found = (pool.find(name) for name in ask.cached if name not in there)
-        more = [worker for worker in found if worker is not None and fits(worker)]
+        more: list[WorkerState] = []
+        for name in sorted(ask.cached, key=lambda name: (-ask.cached[name], name)):
+            worker = None if name in there else pool.find(name)
+            if worker is not None and fits(worker):
+                more.append(worker)
+                if len(more) == _HOLDERS:
+                    break
         return sorted([*drawn, *more], key=lambda w: w.id) if more else drawn
 
     def _tell_rejected(self, pool: Pool, ask: _Ask, looked_at: list[WorkerState]) -> None:

@@ -62,7 +62,9 @@ def decode_score(
     worker: WorkerState, tokens: int, goal: Goal, *, reads: bool, cached: int = 0
 ) -> tuple[float, float]:
     """Violation and load. reads: it also reads the prompt, so that how soon counts as well."""
-    violation, load = late(step_s(worker, tokens, reads=reads), goal.tpot_s), worker.decode_load(tokens)
+    violation, load = 0.0, worker.decode_load(tokens)
+    if goal.tpot_s is not None:
+        violation = late(step_s(worker, tokens, reads=reads), goal.tpot_s)
     if reads:
         more = prefill_score(worker, tokens, goal, cached)
         violation, load = violation + more[0], load + more[1]
@@ -79,8 +81,10 @@ def step_s(worker: WorkerState, tokens: int, *, reads: bool = False) -> float:
 
 def read_s(worker: WorkerState, fit: LinearFit, tokens: int, goal: Goal, cached: int = 0) -> float:
     """Until it has read what is due no later and then this prompt. fit: how long it takes to read."""
-    work = work_until(worker, tokens, goal, cached)
-    return fit.predict(work.features) + steps_between_s(worker, work.tokens)
+    ahead, start = worker.work_due(goal.due), min(cached, tokens - 1)
+    to_read = ahead.tokens + tokens - start
+    pairs = ahead.pairs + (tokens * tokens - start * start) / 2
+    return fit.predict((ahead.prompts + 1, to_read, pairs)) + steps_between_s(worker, to_read)
 
 
 def steps_between_s(worker: WorkerState, tokens: int) -> float:

@@ -100,9 +100,10 @@ def decode(data: bytes) -> Message:
     return batch[0]
 
 
-def to_fields(value: Any) -> object:
+def to_fields(value: object) -> object:
     """A dataclass of what messages may hold, as what msgpack takes; for files, which outlive no version."""
-    return _encoder(type(value))(value)
+    cls: type = type(value)
+    return _encoder(cls)(value)
 
 
 def from_fields(cls: type, fields: object) -> object:
