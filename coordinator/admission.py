@@ -22,7 +22,7 @@ from coordinator.flight import Flight
 from coordinator.pool import WHOLE
 from coordinator.sla import EVIDENCE, Goal, soonest_s
 from pdserve.core.config import Admission, RoutingPolicy
-from pdserve.core.errors import BlockPoolExhausted, DeadlineExceeded, Overloaded, PdServeError
+from pdserve.core.errors import BlockPoolExhausted, DeadlineExceeded, Overload, Overloaded, PdServeError
 from pdserve.core.layout import blocks_for
 from pdserve.core.lifecycle import Phase
 from pdserve.core.messages import Role
@@ -70,7 +70,7 @@ def _queue_is_full(book: Book, request: NewRequest) -> Overloaded | None:
     if book.num_waiting < limit or _gives_way(book, request.priority) is not None:
         return None
     why = f"{limit} requests are waiting already, the most allowed"
-    return Overloaded(why, retry_after_s=_until_room_s(book))
+    return Overloaded(why, retry_after_s=_until_room_s(book), why=Overload.QUEUE_FULL)
 
 
 def make_room_in_queue(book: Book, request: NewRequest, now: float) -> list[Action]:
@@ -81,7 +81,8 @@ def make_room_in_queue(book: Book, request: NewRequest, now: float) -> list[Acti
     if victim is None:
         return []
     why = f"request {victim.id}: the queue is full, and a more urgent request came"
-    return _refuse(book, victim, Overloaded(why, retry_after_s=_until_room_s(book)), now)
+    error = Overloaded(why, retry_after_s=_until_room_s(book), why=Overload.QUEUE_FULL)
+    return _refuse(book, victim, error, now)
 
 
 def _gives_way(book: Book, priority: int) -> Flight | None:
@@ -106,7 +107,8 @@ def expire(book: Book, now: float) -> list[Action]:
             continue
         waited_s = now - flight.record.created
         why = f"request {request}: it has waited {waited_s:.1f} s without having begun"
-        actions += _refuse(book, flight, Overloaded(why, retry_after_s=_until_room_s(book)), now)
+        error = Overloaded(why, retry_after_s=_until_room_s(book), why=Overload.QUEUE_TTL)
+        actions += _refuse(book, flight, error, now)
     return actions
 
 
@@ -156,7 +158,8 @@ def _too_slow(book: Book, request: NewRequest) -> Overloaded | None:
     if best_s <= target_s or math.isinf(best_s):
         return None
     why = f"request {request.id}: the fastest worker takes {best_s * 1e3:.1f} ms per token when it is idle"
-    return Overloaded(f"{why}, its TPOT target is {target_s * 1e3:.1f} ms", retry_after_s=_LONGEST_WAIT_S)
+    why += f", its TPOT target is {target_s * 1e3:.1f} ms"
+    return Overloaded(why, retry_after_s=_LONGEST_WAIT_S, why=Overload.TPOT_TARGET)
 
 
 def hopeless(book: Book, request: NewRequest, now: float) -> Overloaded | None:
@@ -168,12 +171,12 @@ def hopeless(book: Book, request: NewRequest, now: float) -> Overloaded | None:
     """
     if not _keeps_targets(book, Admission.DEADLINE, Admission.TTFT, Admission.TARGETS):
         return None
-    limit_s, what, deviations = request.deadline - now, "deadline", _DEADLINE_DEVIATIONS
+    limit_s, what, deviations = request.deadline - now, Overload.DEADLINE, _DEADLINE_DEVIATIONS
     due = request.deadline
     if request.ttft_target_s is not None:
         due = request.arrived + request.ttft_target_s
         if _keeps_targets(book, Admission.TTFT, Admission.TARGETS) and due - now < limit_s:
-            limit_s, what, deviations = due - now, "TTFT target", _TARGET_DEVIATIONS
+            limit_s, what, deviations = due - now, Overload.TTFT_TARGET, _TARGET_DEVIATIONS
     readers = book.router.readers(book.fleet, request.model)
     soonest = soonest_s(readers, len(request.tokens), Goal(due=due), deviations=deviations)
     if soonest == 0:
@@ -183,9 +186,9 @@ def hopeless(book: Book, request: NewRequest, now: float) -> Overloaded | None:
     if soonest <= limit_s:
         return None
     reason = f"request {request.id}: its first token would take {soonest:.2f} s"
-    return Overloaded(
-        f"{reason}, its {what} is in {limit_s:.2f} s", retry_after_s=_bounded(soonest - limit_s)
-    )
+    limit = "TTFT target" if what is Overload.TTFT_TARGET else "deadline"
+    reason += f", its {limit} is in {limit_s:.2f} s"
+    return Overloaded(reason, retry_after_s=_bounded(soonest - limit_s), why=what)
 
 
 # --- in its turn --------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def broken_promise(book: Book, flight: Flight, placement: Placement, now: float)
         return None
     why = f"request {flight.id}: after {now - flight.record.created:.2f} s in the queue"
     why += f" its first token would come {late_s:.2f} s after its TTFT target"
-    return Overloaded(why, retry_after_s=_bounded(late_s))
+    return Overloaded(why, retry_after_s=_bounded(late_s), why=Overload.TTFT_TARGET)
 
 
 def disturbs(book: Book, flight: Flight, worker: WorkerState | None) -> bool:

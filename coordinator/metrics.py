@@ -17,7 +17,7 @@ from coordinator.fleet_metrics import FleetCollector
 from coordinator.report import Report
 from pdserve.core import metric_catalog as catalog
 from pdserve.core.config import CostSettings
-from pdserve.core.errors import PdServeError
+from pdserve.core.errors import Overloaded, PdServeError
 from pdserve.core.lifecycle import Phase
 from pdserve.core.messages import FinishReason, Role
 
@@ -133,7 +133,8 @@ class Metrics:
         sla_class = self._class(report.sla_class)
         self.requests.labels(model, name, tenant, priority).inc()
         if report.phase is Phase.REJECTED:
-            self.admission_refusals.labels(model, tenant, name).inc()
+            reason = outcome.why.value if isinstance(outcome, Overloaded) else name
+            self.admission_refusals.labels(model, tenant, reason).inc()
         self._times(report)
         self._tokens(report, tenant)
         self._attempts(report)

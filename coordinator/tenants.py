@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from pdserve.core.errors import Overloaded
+from pdserve.core.errors import Overload, Overloaded
 from pdserve.core.sla_settings import TenantSettings
 
 ANYONE: Final = "*"
@@ -90,14 +90,15 @@ class Tenants:
         who = f"tenant {tenant!r}" if tenant else "requests without a tenant"
         if limits.max_concurrent is not None and use.active + count > limits.max_concurrent:
             what = f"{who}: {use.active} at the same time, {limits.max_concurrent} allowed"
-            return Overloaded(what, retry_after_s=_WAIT_FOR_ONE_S)
+            return Overloaded(what, retry_after_s=_WAIT_FOR_ONE_S, why=Overload.TENANT_LIMIT)
         if limits.max_queued is not None and queued + count > limits.max_queued:
             what = f"{who}: {queued} waiting, {limits.max_queued} allowed"
-            return Overloaded(what, retry_after_s=_WAIT_FOR_ONE_S)
+            return Overloaded(what, retry_after_s=_WAIT_FOR_ONE_S, why=Overload.TENANT_LIMIT)
         for bucket, amount, unit in ((use.requests, count, "requests"), (use.tokens, tokens, "tokens")):
             wait_s = 0.0 if bucket is None else bucket.wait_s(amount, now)
             if bucket is not None and wait_s > 0:
-                return Overloaded(f"{who}: more than {bucket.rate:g} {unit} per second", retry_after_s=wait_s)
+                what = f"{who}: more than {bucket.rate:g} {unit} per second"
+                return Overloaded(what, retry_after_s=wait_s, why=Overload.TENANT_LIMIT)
         return None
 
     def admitted(self, tenant: str, *, tokens: float, now: float) -> None:

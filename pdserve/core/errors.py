@@ -96,12 +96,30 @@ class RequestNotFound(PdServeError):
         )
 
 
+class Overload(StrEnum):
+    """Why a request is refused early: what a metric can count."""
+
+    NO_ROOM = "no_room"
+    """No worker has a place."""
+    NO_BLOCKS = "no_blocks"
+    QUEUE_FULL = "queue_full"
+    QUEUE_TTL = "queue_ttl"
+    """It waited as long as it may."""
+    TENANT_LIMIT = "tenant_limit"
+    DEADLINE = "deadline"
+    """Its first token cannot come before that."""
+    TTFT_TARGET = "ttft_target"
+    TPOT_TARGET = "tpot_target"
+
+
 class Overloaded(PdServeError):
     code = ErrorCode.RESOURCE_EXHAUSTED
     retryable = True
 
-    def __init__(self, reason: str, *, retry_after_s: float | None = None) -> None:
-        self.retry_after_s = retry_after_s
+    def __init__(
+        self, reason: str, *, retry_after_s: float | None = None, why: Overload = Overload.NO_ROOM
+    ) -> None:
+        self.retry_after_s, self.why = retry_after_s, why
         hint = "" if retry_after_s is None else f"; retry after {retry_after_s:.1f} s"
         super().__init__(reason + hint)
 
@@ -109,7 +127,7 @@ class Overloaded(PdServeError):
 class BlockPoolExhausted(Overloaded):
     def __init__(self, *, wanted: int, free: int) -> None:
         self.wanted, self.free = wanted, free
-        super().__init__(f"wanted {wanted} KV blocks, {free} free")
+        super().__init__(f"wanted {wanted} KV blocks, {free} free", why=Overload.NO_BLOCKS)
 
 
 class NoWorkers(PdServeError):

@@ -140,7 +140,8 @@ TARGETS: Final = _counter(
 ADMISSION_REFUSALS: Final = _counter(
     "admission_refusals",
     "samples",
-    "Samples refused before any work, by the error they got",
+    "Samples refused before any work, by reason: queue_full, queue_ttl, tenant_limit, deadline, ttft_target, "
+    "tpot_target (these cannot be met), no_blocks, no_room, or an error's name",
     "model",
     "tenant",
     "reason",

@@ -16,7 +16,7 @@ from coordinator.metrics import Metrics
 from coordinator.report import Report
 from pdserve.core import metric_catalog as catalog
 from pdserve.core.config import CostSettings
-from pdserve.core.errors import Overloaded, RequestCancelled
+from pdserve.core.errors import Overload, Overloaded, RequestCancelled
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase
 from pdserve.core.messages import (
@@ -194,11 +194,11 @@ def test_a_worker_that_is_gone_has_no_series() -> None:
     assert not any("decode-0" in key for key in scrape(metrics))
 
 
-def test_a_refused_request_counts_as_an_admission_refusal_by_its_error() -> None:
+def test_a_refused_request_counts_as_an_admission_refusal_by_its_reason() -> None:
     metrics = Metrics()
-    metrics.ended(report(phase=Phase.REJECTED), Overloaded("full"))
-    metrics.ended(report(phase=Phase.FAILED), Overloaded("in the middle"))
-    labels = "[('model', 'm'), ('reason', 'Overloaded'), ('tenant', 'acme')]"
+    metrics.ended(report(phase=Phase.REJECTED), Overloaded("full", why=Overload.QUEUE_FULL))
+    metrics.ended(report(phase=Phase.FAILED), Overloaded("in the middle", why=Overload.QUEUE_FULL))
+    labels = "[('model', 'm'), ('reason', 'queue_full'), ('tenant', 'acme')]"
     assert scrape(metrics)[f"pdserve_admission_refusals_total{labels}"] == 1.0
 
 
