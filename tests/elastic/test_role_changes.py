@@ -213,3 +213,49 @@ def test_two_workers_swap_their_roles_and_the_tokens_stay_the_same(
         # Both have kept their prefix caches: what they computed or received in one role serves the other.
         assert pair.prefill.snapshot().prefix_hit_tokens > 0
         assert pair.decode.snapshot().prefix_hit_tokens > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_roles_that_change_under_load_cost_no_token_and_no_block(tmp_path: Path, seed: int) -> None:
+    """Requests that meet a worker in the wrong role are refused, or fail as retryable; others are right."""
+    rng = random.Random(seed)
+    guessing = {"method": "ngram", "adaptive": False, "prompt_lookup_min": 1}
+
+    async def asked(driver: Driver, index: int) -> None:
+        sampling = SamplingParams(temperature=0.8, seed=index, max_tokens=12, ignore_eos=True)
+        prompt = random.Random(index).choices(range(VOCAB), k=rng.randrange(1, 40))
+        for _ in range(200):
+            await asyncio.sleep(rng.random() * 0.02)
+            spec = dataclasses.replace(driver.spec(prompt, sampling))
+            answer = await driver.ask(spec, colocated=index % 3 == 0, retry=False)
+            if answer.finish is not None:
+                assert answer.tokens == reference(prompt, sampling, 12)
+                return
+            assert answer.refused is not None or (answer.failed is not None and answer.failed.retryable)
+        raise AssertionError("no attempt got through")
+
+    async def flips(driver: Driver) -> None:
+        for _ in range(6):
+            await asyncio.sleep(0.03)
+            # Both at once, so that there is one of each but for the time in between.
+            before = len([m for m in driver.strays if isinstance(m, RoleChanged)])
+            for worker in (PREFILL, DECODE):
+                info = driver.infos[worker]
+                other = Role.DECODE if info.role is Role.PREFILL else Role.PREFILL
+                driver.send(worker, ChangeRole(role=other))
+                driver.infos[worker] = dataclasses.replace(info, role=other)
+            await driver.until(
+                lambda before=before: (
+                    len([m for m in driver.strays if isinstance(m, RoleChanged)]) == before + 2
+                )  # type: ignore[misc]
+            )
+
+    async def play(pair: Pair) -> None:
+        async with Driver(pair.addresses) as driver, asyncio.TaskGroup() as group:
+            group.create_task(flips(driver))
+            for index in range(24):
+                group.create_task(asked(driver, index))
+
+    with pair_of_workers(tmp_path, lambda role: TokenEngine(), config_of(speculative=guessing)) as pair:
+        asyncio.run(play(pair))
+        pair.wait_until_every_block_is_back()
