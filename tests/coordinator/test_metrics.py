@@ -145,6 +145,10 @@ def busy_metrics() -> Metrics:
             fit.count = 1
     metrics.observe_fleet(fleet)
     metrics.observe_requests({Phase.DECODING: 3}, waiting=2)
+    metrics.planner_plans.labels("m", "keep").inc()
+    metrics.planner_rate.labels("m").set(1.0)
+    metrics.planner_capacity.labels("m", "now").set(2.0)
+    metrics.planner_wanted.labels("m", "decode").set(3.0)
     return metrics
 
 
