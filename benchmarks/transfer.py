@@ -6,8 +6,8 @@ Transports: what UCX picks on this host, TCP over loopback, and, for root, TCP b
 Per transport and block size, interleaved in every round:
 
     push      `--push-mib` in scattered blocks of a pool that fits no cache
-    kernel    the same blocks by `process_vm_writev`, with which UCX copies between processes of a host
-    memcpy    the same blocks, within this process
+    kernel    as many blocks by `process_vm_writev`, with which UCX copies between processes of a host
+    memcpy    as many blocks, within this process
     one       as many bytes from one block into one block, over and over, as ucx_perftest sends them
     perftest  UCX's own test of the same transport, messages of that size from one buffer into one, with its
               own version of UCX (Debian: ucx-utils): compare it with `one`
@@ -128,15 +128,23 @@ def _measure_size(
     target = np.ones_like(array)
     pushed, copied, digested, same, others, single = [], [], [], [], [], []
     by_kernel, streams = list[float](), list[float]()
+
+    def scattered() -> tuple[list[int], list[int]]:
+        found = [rng.permutation(num_blocks)[:count].tolist() for _ in range(2)]
+        return found[0], found[1]
+
     for i in range(rounds + 1):
-        src, dst = (rng.permutation(num_blocks)[:count].tolist() for _ in range(2))
+        # Blocks of its own for each, or the first would leave them in a cache for the next.
+        src, dst = scattered()
         pushed.append(sender.push(3 * i, group, src, dst).seconds)
+        src, dst = scattered()
         if pair.path.path is Path.SHM:
             here, there = array.ctypes.data, pair.remote_pools[group]
             spans = [(here + a * size, there + b * size, size) for a, b in zip(src, dst, strict=True)]
             began = time.perf_counter()
             write_into(pair.receiver_pid, spans)
             by_kernel.append(time.perf_counter() - began)
+        src, dst = scattered()
         began = time.perf_counter()
         for a, b in zip(src, dst, strict=True):
             target[b * size : (b + 1) * size] = array[a * size : (a + 1) * size]

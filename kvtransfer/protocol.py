@@ -134,6 +134,11 @@ class PathInfo:
     latency_s: float | None = None
     """Of a 4 KiB write, start to completion at the sender."""
 
+    def __str__(self) -> str:
+        large = "" if self.gigabytes_per_s is None else f", 1 MiB at {self.gigabytes_per_s:.2f} GB/s"
+        small = "" if self.latency_s is None else f", 4 KiB in {1e6 * self.latency_s:.0f} us"
+        return f"{self.path.value}{large}{small}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConnected:

@@ -21,19 +21,19 @@ import dataclasses
 import itertools
 import logging
 import os
-import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import assert_never
 
 from kvtransfer.integrity import Verifier, seal
 from kvtransfer.protocol import (
     DEFAULT_INFLIGHT_BYTES,
     NoteArrived,
     Outcome,
+    PeerConnected,
     PeerFailed,
     Push,
     PushEnded,
@@ -43,20 +43,13 @@ from kvtransfer.protocol import (
 )
 from kvtransfer.queues import FRAGMENT_BYTES, Fragment, PeerQueue, Sending, fragments
 from kvtransfer.spans import require_push
+from kvtransfer.waiting import Waiter, patience
 from pdserve.core.config import Verify
 from pdserve.core.errors import InvariantViolated, TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
 
 log = logging.getLogger(__name__)
-
-SPIN_POLLS: Final = 50
-BUSY_WAIT_S: Final = 0.001
-STUCK_POLLS: Final = 1000
-STUCK_WAIT_S: Final = 0.02
-"""After that many polls without news: what is under way waits for a peer that may have been stopped."""
-SPURIOUS_WAKES: Final = 20_000
-SPURIOUS_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +192,7 @@ class TransferService:
         self._on_event(TransferStopped(error=error))
 
     def _loop(self) -> None:
-        waiter = _Waiter(self._wake_fd, self._backend.wake_fds)
+        waiter = Waiter(self._wake_fd, self._backend.wake_fds)
         quiet_polls = 0
         try:
             while True:
@@ -227,8 +220,8 @@ class TransferService:
         """How long to sleep: not at all, until something wakes us, or at most so many seconds."""
         wait = self._backend.max_wait_s(now)
         if self._whose:
-            patience = _patience(quiet_polls)
-            wait = patience if wait is None else min(wait, patience)
+            patient = patience(quiet_polls)
+            wait = patient if wait is None else min(wait, patient)
         if self._next_deadline < float("inf"):
             left = max(0.0, self._next_deadline - now)
             wait = left if wait is None else min(wait, left)
@@ -310,6 +303,9 @@ class TransferService:
                 self._fragment_ended(event)
             case NoteArrived():
                 self._on_event(self._verifier.open(event))
+            case PeerConnected():
+                log.info("to %s: %s", event.peer, event.path)
+                self._on_event(event)
             case PeerFailed(peer=peer, error=error):
                 self._on_event(event)
                 queue = self._queues.get(peer)
@@ -375,62 +371,3 @@ class TransferService:
                 error=sending.error,
             )
         )
-
-
-def _patience(quiet_polls: int) -> float:
-    """How long to sleep between polls while a push is under way."""
-    if quiet_polls < SPIN_POLLS:
-        return 0.0
-    return BUSY_WAIT_S if quiet_polls < STUCK_POLLS else STUCK_WAIT_S
-
-
-class _Waiter:
-    """Sleeps until the service's eventfd or a descriptor of the backend is readable.
-
-    A backend's descriptor that keeps waking the thread although nothing ever happens is dropped, with a
-    warning, and the thread falls back to waking each millisecond.
-    """
-
-    def __init__(self, own_fd: int, backend_fds: tuple[int, ...]) -> None:
-        self._own_fd = own_fd
-        self._epoll = select.epoll()
-        self._epoll.register(own_fd, select.EPOLLIN)
-        self._backend_fds = backend_fds
-        for fd in backend_fds:
-            self._epoll.register(fd, select.EPOLLIN)
-        self._wakes = 0
-        self._quiet_since = 0.0
-        self._fallback_s: float | None = None
-
-    def saw_event(self, now: float) -> None:
-        self._wakes, self._quiet_since = 0, now
-
-    def wait(self, timeout_s: float | None, now: float) -> None:
-        if timeout_s == 0.0:
-            time.sleep(0)  # lets another thread have the GIL; a step of the spin, not a wait
-            self._clear(self._epoll.poll(0))
-            return
-        if self._fallback_s is not None:
-            timeout_s = self._fallback_s if timeout_s is None else min(timeout_s, self._fallback_s)
-        ready = self._epoll.poll(timeout_s)
-        self._clear(ready)
-        if not ready:
-            self.saw_event(now)
-        elif any(fd != self._own_fd for fd, _ in ready):
-            self._wakes += 1
-            if self._wakes > SPURIOUS_WAKES and now - self._quiet_since > SPURIOUS_S:
-                self._drop_backend_fds()
-
-    def _clear(self, ready: list[tuple[int, int]]) -> None:
-        if any(fd == self._own_fd for fd, _ in ready):
-            os.eventfd_read(self._own_fd)
-
-    def _drop_backend_fds(self) -> None:
-        log.warning("the transport's descriptors wake the transfer thread for nothing; polling each 1 ms")
-        for fd in self._backend_fds:
-            self._epoll.unregister(fd)
-        self._backend_fds = ()
-        self._fallback_s = BUSY_WAIT_S
-
-    def close(self) -> None:
-        self._epoll.close()

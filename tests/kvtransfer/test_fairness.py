@@ -65,14 +65,18 @@ def run(queue: PeerQueue, limit: int = 10_000) -> list[tuple[str, int]]:
     return order
 
 
-def test_short_requests_are_done_before_a_huge_one_that_came_first() -> None:
+@pytest.mark.parametrize(
+    ("huge_blocks", "num_short"), [(1000, 20), (100_000 // 64, 100)], ids=["64k tokens", "100k tokens"]
+)
+def test_short_requests_are_done_before_a_huge_one_that_came_first(huge_blocks: int, num_short: int) -> None:
+    """Blocks of 64 tokens. While the short ones are sent, the huge one has one turn in each round."""
     queue = PeerQueue(max_inflight_bytes=1 << 30, quantum_bytes=2 * BLOCK)
-    add(queue, "huge", 1000)
-    for i in range(20):
+    add(queue, "huge", huge_blocks)
+    for i in range(num_short):
         add(queue, f"short {i}", 2)
     order = [flow for flow, _ in run(queue)]
-    assert order.count("huge") == 500
-    assert max(order.index(f"short {i}") for i in range(20)) <= 21
+    assert order.count("huge") == huge_blocks // 2
+    assert max(order.index(f"short {i}") for i in range(num_short)) <= num_short + 1
     assert queue.idle
 
 

@@ -11,7 +11,8 @@ from kvtransfer.factory import make_backend
 from kvtransfer.fake import Faults
 from kvtransfer.local import LocalBackend, LocalHub
 from kvtransfer.protocol import Outcome, PushEnded, TransferEvent
-from kvtransfer.service import TransferService, _Waiter
+from kvtransfer.service import TransferService
+from kvtransfer.waiting import Waiter
 from pdserve.core.config import TransferBackendName
 from pdserve.core.errors import ConfigError, TransferError
 from pdserve.core.ids import WorkerId
@@ -130,9 +131,9 @@ def test_commands_given_before_the_start_are_performed() -> None:
 
 
 def test_a_descriptor_that_wakes_for_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvtransfer.service.SPURIOUS_WAKES", 5)
+    monkeypatch.setattr("kvtransfer.waiting.SPURIOUS_WAKES", 5)
     own, stuck = os.eventfd(0), os.eventfd(1)
-    waiter = _Waiter(own, (stuck,))
+    waiter = Waiter(own, (stuck,))
     try:
         waiter.saw_event(0.0)
         for _ in range(6):
