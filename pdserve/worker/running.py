@@ -21,6 +21,7 @@ from pdserve.core import messages
 from pdserve.core.config import CacheSettings
 from pdserve.core.errors import ConfigError, InvariantViolated
 from pdserve.core.messages import Heartbeat, WorkerInfo
+from pdserve.core.tls import accepting
 from pdserve.engine.build import build_engine
 from pdserve.engine.tiers.build import block_bytes_of, make_tiers
 from pdserve.engine.tiers.store import TierPort
@@ -183,6 +184,7 @@ def launch(
             # Without a coordinator that could come back, the process ends with the one that started it.
             alone_s=spec.config.cluster.linger_s or None,
             on_alone=inbox.stop,
+            tls=accepting(spec.config.security.cluster_tls),
         )
         lender = None
         if spec.core_share is not None:
@@ -217,8 +219,13 @@ def launch(
 def _tiers(spec: WorkerSpec, engine: EnginePort, inbox: Inbox) -> TierPort | None:
     """Below the pool of a model's one cache group."""
     pool = engine.runner.pools[0]
-    blocks = block_bytes_of(pool.tensor, pool.layout, pool.num_blocks)
-    return make_tiers(spec.config.cache, spec.worker, engine.fingerprint, blocks, inbox.put)
+    return make_tiers(
+        spec.config.cache,
+        spec.worker,
+        engine.fingerprint,
+        lambda: block_bytes_of(pool.tensor, pool.layout, pool.num_blocks),
+        inbox.put,
+    )
 
 
 def _prepare_thread(device: torch.device) -> None:

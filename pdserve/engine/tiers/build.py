@@ -36,10 +36,10 @@ def make_tiers(
     settings: CacheSettings,
     worker: WorkerId,
     fingerprint: Fingerprint,
-    pool: BlockBytes,
+    blocks: Callable[[], BlockBytes],
     on_event: Callable[[TierEvent], None],
 ) -> TierStore | None:
-    """None where no tier is configured, or prefix caching is off.
+    """None where no tier is configured, or prefix caching is off. `blocks` is called else.
 
     A disk directory that another process still uses is left to it, loudly: the worker goes on without.
     Raises `ConfigError` for a directory that cannot be used at all.
@@ -47,6 +47,7 @@ def make_tiers(
     host_bytes, disk_bytes = int(settings.host_tier_gib * GIB), int(settings.disk_tier_gib * GIB)
     if not settings.enable_prefix_caching or not host_bytes + disk_bytes:
         return None
+    pool = blocks()
     size = pool.block_bytes
     for name, wanted in (("host_tier_gib", host_bytes), ("disk_tier_gib", disk_bytes)):
         if 0 < wanted < 2 * size:
