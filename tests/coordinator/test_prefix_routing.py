@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from coordinator.decisions import Candidate, Choice
@@ -16,6 +19,7 @@ from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.messages import PrefixEvents, Role, SendPrefixes
 from pdserve.core.prefix import PrefixHashes, pack_keys
 from tests.support.model_workers import LAYOUT, worker_info
+from tests.support.paths import REPO
 from tests.support.registry_world import MODEL, World, new_request
 
 P0, P1, D0, D1 = (WorkerId(name) for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"))
@@ -156,6 +160,20 @@ def test_a_policy_of_ones_own_is_taken_by_its_name() -> None:
     assert placement is not None
     assert placement.decode.worker == "decode-2"
     assert placement.decode.reason == "the last by name"
+
+
+def test_the_policy_in_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (REPO / "docs" / "routing.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_policies.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    router, fleet = Router("my_policies:Cautious", 0, LocalPrefill.NEVER), fleet_of(2, 1)
+    state(fleet, P1).place_prefill(attempt("q"), 600)
+    for cached, expected in ((500, P0), (600, P1)):
+        placement = router.place(fleet, MODEL, 1000, cached={P1: cached})
+        assert placement is not None
+        assert placement.prefill is not None
+        assert (placement.prefill.worker, placement.prefill.reason) == (expected, "cautious")
 
 
 @pytest.mark.parametrize(
