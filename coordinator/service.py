@@ -20,6 +20,7 @@ from coordinator.admin import SERVICE as ADMIN_SERVICE
 from coordinator.admin import Admin
 from coordinator.book import RegistrySettings
 from coordinator.dispatcher import Dispatcher
+from coordinator.events import Event
 from coordinator.fleet import WorkerState
 from coordinator.gateway import SERVICE, Gateway, GatewaySettings
 from coordinator.metrics import Metrics
@@ -151,6 +152,10 @@ class Coordinator:
             if running.tracer is not None:
                 await asyncio.to_thread(running.tracer.close)
         self._tokenisers.shutdown(cancel_futures=True)
+
+    def handle(self, event: Event) -> None:
+        """Something an operator wants, such as `DrainWorker` or `ChangeWorkerRole`. On the running loop."""
+        self._require_running().dispatcher.handle(event)
 
     def snapshot(self) -> CoordinatorSnapshot:
         """What is going on, for the command line and for tests."""
