@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -9,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.messages import Role
 from pdserve.core.sampling import SamplingParams
+from pdserve.core.sla_settings import TenantSettings
 from tests.support.model_workers import ModelPrefill
-from tests.support.registry_world import World, new_request
+from tests.support.registry_world import SETTINGS, World, new_request
 
 ROLES = {
     "prefill-0": Role.PREFILL,
@@ -20,10 +24,18 @@ ROLES = {
 }
 
 
+LIMITED = replace(
+    SETTINGS,
+    max_queued_requests=12,
+    queue_ttl_s=30.0,
+    tenants={"limited": TenantSettings(weight=2, max_concurrent=4, max_tokens_per_s=100.0)},
+)
+
+
 class RegistryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(LIMITED)
         self.epochs = dict.fromkeys(ROLES, 0)
         self.count = 0
         for name in ("prefill-0", "decode-0"):
@@ -40,9 +52,17 @@ class RegistryMachine(RuleBasedStateMachine):
         patience=st.sampled_from([1.0, 20.0, 1e6]),
         priority=st.integers(-1, 1),
         logprobs=st.sampled_from([None, 0, 2]),
+        tenant=st.sampled_from(["", "limited", "other"]),
     )
     def submit(
-        self, n: int, prompt: list[int], max_tokens: int, patience: float, priority: int, logprobs: int | None
+        self,
+        n: int,
+        prompt: list[int],
+        max_tokens: int,
+        patience: float,
+        priority: int,
+        logprobs: int | None,
+        tenant: str,
     ) -> None:
         self.count += 1
         sampling = SamplingParams(max_tokens=max_tokens, seed=1, logprobs=logprobs, prompt_logprobs=logprobs)
@@ -55,10 +75,31 @@ class RegistryMachine(RuleBasedStateMachine):
                     deadline=self.world.now + patience,
                     priority=priority,
                     arrived=self.world.now,
+                    preemptible=priority == 1,
+                    ttft_target_s=0.5 if priority == -1 else None,
+                    tenant=tenant,
                 )
                 for index in range(n)
             )
         )
+
+    @rule(count=st.integers(3, 7), steps=st.integers(2, 6), prompt=st.integers(1, 12))
+    def a_rush(self, count: int, steps: int, prompt: int) -> None:
+        """Batch work takes every place, and writes; then somebody is in a hurry."""
+        for _ in range(count):
+            self._one(max_tokens=30, priority=1, preemptible=True)
+        for _ in range(steps):
+            for worker in list(self.world.workers):
+                self.world.step(worker)
+            while self.world.pushes:
+                self.world.land(0)
+            self.world.flush()
+        self._one(prompt=[1] * prompt, priority=-1, ttft_target_s=0.5)
+
+    def _one(self, **fields: Any) -> None:
+        self.count += 1
+        name, now = f"r{self.count}.0", self.world.now
+        self.world.submit(new_request(name, deadline=now + 1e6, arrived=now, **fields))
 
     @precondition(lambda self: any(self.world.down.values()))
     @rule(data=st.data())

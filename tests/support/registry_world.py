@@ -27,7 +27,7 @@ from coordinator.events import (
 from coordinator.registry import Registry
 from coordinator.router import Router
 from pdserve.core.config import RoutingPolicy
-from pdserve.core.errors import PdServeError
+from pdserve.core.errors import Overloaded, PdServeError
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.messages import Down, Role, Up
 from pdserve.core.sampling import SamplingParams
@@ -254,6 +254,8 @@ class World:
                 self.prompt_logprobs[request] = self.prompt_logprobs.get(request, 0) + 1
             case End(request=request):
                 assert request not in self.ends, f"{request}: ended twice"
+                refused = type(action.outcome) is Overloaded
+                assert not (refused and self.output[request]), f"{request}: refused after it had begun"
                 self.ends[request] = action
 
     def outcome(self, name: str) -> str:
