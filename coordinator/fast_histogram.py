@@ -1,4 +1,4 @@
-"""A histogram for what happens once per token: one writer, no lock, no label look-up.
+"""Histograms with one writer: no lock, so that an observation is a `bisect` and two additions.
 
 The event loop writes, a scrape reads on another thread: a page may miss the observation under way, no more.
 """
@@ -34,18 +34,22 @@ class FastHistogram:
 
 
 class FastHistograms(Collector):
-    """One per value of the metric's only label. Keep what `labels` returns."""
+    """One per set of labels, of a metric of the catalogue."""
 
     def __init__(self, metric: CatalogMetric, registry: CollectorRegistry) -> None:
         self._metric = metric
-        self._children: Mapping[str, FastHistogram] = {}
+        self._children: Mapping[tuple[str, ...], FastHistogram] = {}
         registry.register(self)
 
-    def labels(self, value: str) -> FastHistogram:
-        child = self._children.get(value)
+    def labels(self, *values: str) -> FastHistogram:
+        """In the catalogue's order."""
+        child = self._children.get(values)
         if child is None:
+            if len(values) != len(self._metric.labels):
+                raise ValueError(f"{self._metric.name}: labels are {self._metric.labels}, got {values}")
             child = FastHistogram(self._metric.buckets)
-            self._children = {**self._children, value: child}
+            # A new mapping: a scrape may be going through the old one.
+            self._children = {**self._children, values: child}
         return child
 
     def describe(self) -> Iterator[Metric]:
@@ -54,9 +58,9 @@ class FastHistograms(Collector):
     def collect(self) -> Iterator[Metric]:
         family = self._family()
         bounds = [*map(floatToGoString, self._metric.buckets), "+Inf"]
-        for value, child in self._children.items():
+        for values, child in self._children.items():
             buckets = list(zip(bounds, itertools.accumulate(child.counts), strict=True))
-            family.add_metric([value], buckets=buckets, sum_value=child.sum)
+            family.add_metric(values, buckets=buckets, sum_value=child.sum)
         yield family
 
     def _family(self) -> HistogramMetricFamily:

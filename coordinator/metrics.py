@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
 
 from coordinator.account import REASONS
 from coordinator.cost import Bill, bill
@@ -96,10 +96,8 @@ class Metrics:
         self.planner_wanted = self._gauge(catalog.PLANNER_WANTED)
         self.loop_lag = self._gauge(catalog.LOOP_LAG)
 
-    def _histogram(self, metric: catalog.Metric) -> Histogram:
-        return Histogram(
-            metric.full_name, metric.help, metric.labels, buckets=metric.buckets, registry=self.registry
-        )
+    def _histogram(self, metric: catalog.Metric) -> FastHistograms:
+        return FastHistograms(metric, self.registry)
 
     def _counter(self, metric: catalog.Metric) -> Counter:
         return Counter(metric.full_name, metric.help, metric.labels, registry=self.registry)
