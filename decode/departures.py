@@ -12,7 +12,7 @@ The last word (`TransferDone`, or `PushesSettled` where anything went wrong) fol
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from decode.batch import Batch
@@ -33,6 +33,7 @@ from pdserve.core.messages import (
 from pdserve.engine.block_pool import BlockPool
 from pdserve.worker.events import Action, OwnerId, Send, SubmitPush
 from pdserve.worker.failures import attempt_failed
+from pdserve.worker.last_words import LastWords
 from pdserve.worker.peers import PeerTable
 from pdserve.worker.pushes import PushBook
 
@@ -59,6 +60,8 @@ class _Departure:
     owner_lost: bool = False
     said: bool = False
     """Its last word."""
+    asked_by: list[OwnerId] = field(default_factory=list)
+    """Coordinators, besides its own, that want to know when nothing can land any more."""
 
 
 class Departures:
@@ -78,12 +81,13 @@ class Departures:
         self._leaving: dict[AttemptId, _Departure] = {}
         self._ids = push_ids
         self._pushes: dict[int, _Departure] = {}
+        self._last_words = LastWords()
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self._of) + len(self._last_words)
 
     def knows(self, to: AttemptId) -> bool:
-        return to in self._of
+        return to in self._of or to in self._last_words
 
     # --- beginning ----------------------------------------------------------------------------------
 
@@ -152,7 +156,7 @@ class Departures:
     def push_ended(self, event: PushEnded, now: float) -> list[Action]:
         departure = self._pushes.pop(event.id, None) if event.terminal else self._pushes.get(event.id)
         if departure is None:
-            return []
+            return self._last_words.ended(event)
         departure.pushes.ended(event, now)
         if departure.pushes.error is not None:
             peer = departure.order.decode_worker
@@ -212,11 +216,16 @@ class Departures:
 
     def cancel(self, owner: OwnerId, to: AttemptId, now: float) -> list[Action]:
         """It does not run there, and will not: it goes on here, if it has not ended."""
+        if to in self._last_words:
+            self._last_words.ask(to, owner)
+            return []
         departure = self._of[to]
         if departure.owner != owner and departure.owner_lost:
             # Another coordinator asks when the target's blocks are safe: it hears the last word.
             departure.owner, departure.owner_lost = owner, False
         if departure.owner != owner:
+            # It may be its own coordinator, back before the end of its old connection was noticed here.
+            departure.asked_by.append(owner)
             return []
         return self._abandon(departure, now)
 
@@ -267,6 +276,13 @@ class Departures:
             return []
         actions: list[Action] = [] if departure.said else [self._last_word(departure, now)]
         departure.said = True
+        to = departure.order.to
+        for owner in departure.asked_by:
+            if to in self._last_words:
+                self._last_words.ask(to, owner)
+            else:
+                actions.append(Send(owner, PushesSettled(attempt=to)))
+        departure.asked_by.clear()
         # Paused here until the coordinator has heard that it runs there, or will not.
         if departure.run is None:
             self._of.pop(departure.order.to, None)
@@ -300,4 +316,4 @@ class Departures:
             deadline=now + order.transfer_deadline_s,
             flow=str(order.to),
         )
-        return SubmitPush(push)
+        return self._last_words.say(order.to, push)

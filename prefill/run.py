@@ -45,6 +45,8 @@ class PrefillRun:
     """The hand-over is under way, and nothing has gone wrong since."""
     handover_sent: bool = False
     owner_lost: bool = False
+    asked_by: list[OwnerId] = field(default_factory=list)
+    """Coordinators, besides its own, that want to know when nothing can land any more."""
     compute_s: float = 0.0
     compute_end: float = 0.0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

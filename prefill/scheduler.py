@@ -40,6 +40,7 @@ from pdserve.worker.compute import WorkResult
 from pdserve.worker.events import Action, MoveTier, OwnerId, Send
 from pdserve.worker.failures import AttemptInUse, WrongRole, attempt_failed
 from pdserve.worker.finish import finish_reason
+from pdserve.worker.last_words import LastWords
 from pdserve.worker.meter import StepMeter
 from pdserve.worker.pushes import PushBook
 from pdserve.worker.shared import Shared
@@ -62,6 +63,7 @@ class PrefillScheduler:
         )
         self._pushes = PushMaker(shared.layout, shared.push_ids)
         self._runs: dict[AttemptId, PrefillRun] = {}
+        self._last_words = LastWords()
         self._order = itertools.count()
         self._plan: PrefillPlan | None = None
         self._meter = StepMeter()
@@ -71,7 +73,7 @@ class PrefillScheduler:
     @property
     def attempts(self) -> Collection[AttemptId]:
         """That are here; with pushes under way, also after they ended."""
-        return self._runs.keys()
+        return self._runs.keys() | self._last_words.attempts if self._last_words else self._runs.keys()
 
     @property
     def has_work(self) -> bool:
@@ -142,12 +144,17 @@ class PrefillScheduler:
 
     def _cancel(self, owner: OwnerId, message: Cancel, now: float) -> list[Action]:
         run = self._runs.get(message.attempt)
+        if run is None and message.attempt in self._last_words:
+            self._last_words.ask(message.attempt, owner)
+            return []
         if run is None:
             return [Send(owner, PushesSettled(attempt=message.attempt))]
         if run.owner != owner and run.owner_lost:
             # Another coordinator asks when the decode worker's blocks are safe: it hears the last word.
             run.owner, run.owner_lost = owner, False
         if run.owner != owner:
+            # It may be its own coordinator, back before the end of its old connection was noticed here.
+            run.asked_by.append(owner)
             return [Send(owner, attempt_failed(run.attempt, AttemptInUse(run.attempt)))]
         return self._abandon(run, RequestCancelled(message.reason), now)
 
@@ -175,7 +182,7 @@ class PrefillScheduler:
     def push_ended(self, event: PushEnded, now: float) -> list[Action]:
         run = self._pushes.owner(event)
         if run is None:
-            return []
+            return self._last_words.ended(event)
         run.pushes.ended(event, now)
         if run.pushes.error is not None:
             error = TransferError(f"push to {run.request.decode_worker} failed: {run.pushes.error}")
@@ -216,10 +223,15 @@ class PrefillScheduler:
         if run.stage is not Stage.SETTLING or not run.pushes.settled:
             return []
         del self._runs[run.attempt]
+        settled = PushesSettled(attempt=run.attempt)
+        if not run.handed_over and run.owner_lost and not run.handover_sent:
+            said = self._last_words.say(run.attempt, self._pushes.settling(run, now))
+            for owner in run.asked_by:
+                self._last_words.ask(run.attempt, owner)
+            return [said]
+        others: list[Action] = [Send(owner, settled) for owner in run.asked_by]
         if not run.handed_over:
-            if run.owner_lost and not run.handover_sent:
-                return [self._pushes.settling(run, now)]
-            return [Send(run.owner, PushesSettled(attempt=run.attempt))]
+            return [Send(run.owner, settled), *others]
         book = run.pushes
         done = TransferDone(
             attempt=run.attempt,
@@ -228,7 +240,7 @@ class PrefillScheduler:
             busy_s=book.busy_s,
             path=self._shared.peers.path(run.request.decode_worker).value,
         )
-        return [Send(run.owner, done)]
+        return [Send(run.owner, done), *others]
 
     # --- steps --------------------------------------------------------------------------------------
 

@@ -64,13 +64,13 @@ class PushMaker:
         )
         return self._push(run, blocks, layers, now, handover)
 
-    def settling(self, run: PrefillRun, now: float) -> SubmitPush:
+    def settling(self, run: PrefillRun, now: float) -> Push:
         """Tell the decode worker that nothing of an attempt is to come, when no coordinator relays it.
 
         Without a hand-over it can only have its blocks in quarantine or wait for more, so one of them takes
         whatever bytes carry the note. (With one it may be running, or over: then nothing may be written.)
         """
-        push = Push(
+        return Push(
             id=next(self._ids),
             peer=run.request.decode_worker,
             group=0,
@@ -81,7 +81,6 @@ class PushMaker:
             deadline=now + run.request.transfer_deadline_s,
             flow=str(run.attempt),
         )
-        return SubmitPush(push)
 
     def _blocks_of(self, chunk: Chunk) -> range:
         return blocks_to_push(
