@@ -34,9 +34,9 @@ chaos: $(STAMPS)/dev ## Kill, stop and drain workers under load; SEED=n draws ot
 	@OMP_NUM_THREADS=1 PDSERVE_CHAOS_SEED=$(or $(SEED),0) PDSERVE_CHAOS_ROUNDS=$(or $(ROUNDS),6) \
 		$(BIN)/pytest tests/e2e/test_chaos.py tests/e2e/test_faults.py tests/e2e/test_drain.py
 
-sim: $(STAMPS)/dev ## Simulate schedulers on a bad network; SEED=n replays one seed, SEEDS=m runs that many
-	@OMP_NUM_THREADS=1 PDSERVE_SIM_SEED=$(SEED) PDSERVE_SIM_SEEDS=$(or $(SEEDS),200) \
-		$(BIN)/pytest -q tests/worker/test_simulation.py
+sim: $(STAMPS)/dev ## Simulate whole clusters with faults, each from a seed; SEED=n replays one, SEEDS=m runs so many
+	@OMP_NUM_THREADS=1 PDSERVE_SIM_SEED=$(SEED) PDSERVE_SIM_SEEDS=$(or $(SEEDS),200) PDSERVE_SIM_ROUNDS=$(or $(ROUNDS),10) \
+		$(BIN)/pytest -q tests/worker/test_simulation.py tests/worker/test_simulation_cluster.py
 
 check: $(STAMPS)/dev ## The whole gate: format, lint, types, layers
 	@$(BIN)/ruff format --check .

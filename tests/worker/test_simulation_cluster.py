@@ -1,0 +1,63 @@
+"""`make sim`: whole clusters with faults of every kind, each from one seed, with a clock of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+
+import pytest
+
+from tests.support.simulated_cluster import SimulatedCluster
+from tests.worker.test_simulation import seeds
+
+ROUNDS = int(os.environ.get("PDSERVE_SIM_ROUNDS", "1"))
+"""A seed's first rounds are the same however many follow, so a failure of `make test` is found again."""
+TURNS = 300
+
+
+@pytest.mark.parametrize("seed", seeds(1000, 200))
+def test_no_request_token_or_block_is_lost_whatever_goes_wrong(seed: int) -> None:
+    cluster = SimulatedCluster(random.Random(seed))
+    for _ in range(ROUNDS):
+        for _ in range(TURNS):
+            cluster.turn()
+        cluster.settle()
+    assert len(cluster.ends) == cluster.counts["submitted"]
+
+
+def test_a_cluster_where_nothing_goes_wrong_finishes_every_request() -> None:
+    cluster = SimulatedCluster(random.Random(1))
+    for _ in range(3000):
+        cluster.turn(faults=0.0)
+    cluster.settle()
+    assert cluster.counts["submitted"] > 50
+    refused = sum(end == "Overloaded" for end in cluster.ends.values())
+    assert cluster.counts["finished"] == cluster.counts["submitted"] - refused
+
+
+def test_one_seed_does_the_same_again() -> None:
+    runs = []
+    for _ in range(2):
+        cluster = SimulatedCluster(random.Random(7))
+        for _ in range(800):
+            cluster.turn()
+        runs.append((cluster.counts, cluster.output, cluster.ends, cluster.now))
+    assert runs[0] == runs[1]
+
+
+def test_the_faults_that_are_drawn_all_happen() -> None:
+    """A simulation in which nothing goes wrong proves nothing."""
+    counts: Counter[str] = Counter()
+    for seed in range(16):
+        cluster = SimulatedCluster(random.Random(seed))
+        for _ in range(500):
+            cluster.turn(faults=2.0)
+        cluster.settle()
+        counts += cluster.counts
+    for fault in (
+        *("killed", "stopped", "continued", "connection broken", "coordinator restarted", "drained"),
+        *("step failed", "push fails", "push fails halfway", "push fails after landing", "push is lost"),
+        *("push timed out", "cancelled", "cut off"),
+    ):
+        assert counts[fault] > 0, fault
