@@ -149,7 +149,8 @@ class Migrate:
 class ReceivePrefix:
     """Make room for the beginning of a prompt, which `writer` has in its prefix cache and will push here.
 
-    To either role; a movement of its own, before and apart from any request: `attempt` names nothing else.
+    To either role, from either; a movement of its own, before and apart from any request: `attempt` names
+    nothing else. Who has not introduced the two yet (`ConnectPeer`, both ways) does so in the frame before.
     The answer is `Reserved` (blocks for every full block of `tokens`, those cached here first) or `Refused`.
     Then a coordinator sends `PushPrefix` to the writer, relays its last word as for a prefill
     (`PushesSettled`, where that is what it says), renews the lease if it likes, and may `Cancel`. It ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -27,12 +28,16 @@ from pdserve.core.messages import (
     Refused,
     Reserved,
     Role,
+    StartDecode,
+    Tokens,
     TransferDone,
 )
+from pdserve.elastic.worker import start_worker
 from pdserve.worker.ports import BackendFactory
+from pdserve.worker.running import RunningWorker
 from tests.support.driver import GREEDY, Driver
 from tests.support.token_engine import BLOCK_TOKENS, VOCAB, TokenEngine, reference
-from tests.support.workers import DECODE, PREFILL, Pair, config_of, pair_of_workers
+from tests.support.workers import DECODE, PREFILL, Pair, config_of, local_backends, pair_of_workers, spec_of
 
 SALT = b""
 LENGTH = 8 * BLOCK_TOKENS + 1
@@ -252,6 +257,49 @@ def test_a_cancelled_prefix_gives_its_blocks_back(tmp_path: Path) -> None:
         pair.prefill.wait_for(lambda beat: beat.blocks.held == beat.blocks.quarantined == 0)
 
     run(tmp_path, scenario)
+
+
+def test_workers_of_one_role_that_have_just_met_move_a_prefix(tmp_path: Path) -> None:
+    """Two decode workers, introduced in the frame before."""
+    hub = LocalHub()
+    names = WorkerId("decode-0"), WorkerId("decode-1")
+
+    async def answer(mover: Mover, worker: WorkerId, prompt: list[int]) -> int:
+        spec = mover.driver.spec(prompt)
+        mover.driver.send(worker, StartDecode(spec=spec, prefill_worker=None, lease_s=20.0))
+        started = await mover.heard(spec.attempt, PrefillStarted)
+
+        def tokens() -> list[int]:
+            said = [m for m in mover.driver.strays if isinstance(m, Tokens) and m.attempt == spec.attempt]
+            return [token for message in said for token in message.tokens]
+
+        await mover.driver.until(lambda: len(tokens()) == GREEDY.max_tokens)
+        assert tokens() == reference(prompt, GREEDY, GREEDY.max_tokens)
+        assert isinstance(started, PrefillStarted)
+        return started.cached_tokens
+
+    async def play(workers: list[RunningWorker]) -> None:
+        async with Driver([worker.address for worker in workers]) as driver:
+            mover, prompt = Mover(driver), prompt_of(1)
+            assert await answer(mover, names[0], prompt) == 0
+            for one, other in (names, names[::-1]):
+                driver.introduce(one, driver.infos[other])
+            _, arrived = await mover.move(prompt, *names)
+            assert isinstance(arrived, KvArrived)
+            assert await answer(mover, names[1], prompt) == SHARED
+
+    workers: list[RunningWorker] = []
+    try:
+        for name in names:
+            spec = spec_of(Role.DECODE, tmp_path, config_of())
+            spec = dataclasses.replace(spec, worker=name, listen=f"unix:{tmp_path}/{name}.sock")
+            workers.append(start_worker(spec, engine=TokenEngine(), backend_factory=local_backends(hub)))
+        asyncio.run(play(workers))
+        for worker in workers:
+            worker.wait_for(lambda beat: beat.blocks.held == beat.blocks.quarantined == 0)
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 @pytest.mark.parametrize(
