@@ -20,7 +20,7 @@ from typing import Final, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from coordinator import validation
+from coordinator import auth, validation
 from coordinator.answer import RequestAnswer
 from coordinator.dispatcher import Dispatcher
 from coordinator.events import NewRequest
@@ -137,10 +137,11 @@ class Gateway:
     async def _admit(
         self, request: pb.GenerateRequest | Malformed, context: Context
     ) -> tuple[LoadedModel, tuple[NewRequest, ...]]:
-        """Raises `InvalidRequest` or `ModelNotFound`."""
+        """Raises `InvalidRequest`, `ModelNotFound`, or `PermissionDenied` for another's tenant."""
         arrival, arrived = time.time(), self._dispatcher.now()
         if isinstance(request, Malformed):
             raise InvalidRequest(field="message", value=request.why, limit="a GenerateRequest, text as UTF-8")
+        request.tenant = auth.tenant_of(request.tenant)
         settings = self._settings
         checked = validation.check(
             request,

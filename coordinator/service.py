@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer  # `health.aio`, which the stubs do not know
-from grpc_reflection.v1alpha import reflection
 
-from coordinator.admin import SERVICE as ADMIN_SERVICE
 from coordinator.admin import Admin
 from coordinator.book import RegistrySettings
 from coordinator.dispatcher import Dispatcher
+from coordinator.edge import api_keys, listen
 from coordinator.events import Event
 from coordinator.fleet import WorkerState
 from coordinator.gateway import SERVICE, Gateway, GatewaySettings
 from coordinator.metrics import Metrics
 from coordinator.metrics_server import MetricsServer
 from coordinator.models import LoadedModel, ServedModel
-from coordinator.recording import RecordingRegistry
 from coordinator.planner.control import PlannerControl
+from coordinator.recording import RecordingRegistry
 from coordinator.registry import Registry
 from coordinator.router import Router
 from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
@@ -38,11 +37,11 @@ from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound,
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role, WorkerInfo
 from pdserve.core.sampling import SamplingLimits
+from pdserve.core.tls import dialling
 
 log = logging.getLogger(__name__)
 
 _TOKENISER_THREADS: Final = 2
-_MIB: Final = 2**20
 _FIRST_REDIAL_S: Final = 0.05
 
 
@@ -61,9 +60,19 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: ServeConfig, models: Sequence[ServedModel], *, ray_targets: Path | None = None
+        self,
+        config: ServeConfig,
+        models: Sequence[ServedModel],
+        *,
+        ray_targets: Path | None = None,
+        keys: str | None = None,
     ) -> None:
-        """ray_targets: where Ray says which of its nodes export metrics, for Prometheus."""
+        """ray_targets: where Ray says which of its nodes export metrics, for Prometheus.
+
+        keys: API keys as their file would have them, from elsewhere. Raises `ConfigError` for wrong ones.
+        """
+        self._keys = api_keys(config.security, keys)
+        self._tls = dialling(config.security.cluster_tls)
         self._ray_targets = ray_targets
         if not models:
             raise ConfigError("a coordinator needs at least one model")
@@ -100,7 +109,9 @@ class Coordinator:
             on_workers_changed=self._workers_changed,
         )
         gateway = Gateway(dispatcher, models, _gateway_settings(settings), self._metrics, self._tokenisers)
-        server, port = _listen(settings, gateway, Admin(dispatcher, plans), self._health)
+        server, port = listen(
+            settings, self._config.security, self._keys, gateway, Admin(dispatcher, plans), self._health
+        )
         metrics_server = _serve_metrics(settings, self._metrics, self._ray_targets)
         self._running = _Running(dispatcher, server, metrics_server, tracer)
         await server.start()
@@ -122,7 +133,7 @@ class Coordinator:
         """
         running = self._require_running()
         name = self._model_name(model)
-        channel, info, rest = await dial(address, sender="coordinator")
+        channel, info, rest = await dial(address, sender="coordinator", tls=self._tls)
         try:
             for peer in running.dispatcher.registry.fleet:
                 if peer.model == name and peer.id != info.worker:
@@ -185,7 +196,9 @@ class Coordinator:
                 return  # its process has ended, or somebody was faster
             try:
                 left_s = max(deadline - asyncio.get_running_loop().time(), 0.01)
-                channel, info, rest = await dial(address, sender="coordinator", timeout_s=left_s)
+                channel, info, rest = await dial(
+                    address, sender="coordinator", tls=self._tls, timeout_s=left_s
+                )
             except (WorkerLost, ProtocolError) as error:
                 log.warning("worker %s does not answer again: %s", state.id, error)
                 await asyncio.sleep(pause_s)
@@ -265,31 +278,6 @@ def _gateway_settings(settings: CoordinatorSettings) -> GatewaySettings:
         classes=settings.classes,
         default_class=settings.default_class,
     )
-
-
-def _listen(
-    settings: CoordinatorSettings, gateway: Gateway, admin: Admin, health_servicer: HealthServicer
-) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", settings.max_message_mib * _MIB),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a coin toss
-            ("grpc.http2.bdp_probe", 0),  # pings that pay only for large messages
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-        ]
-    )
-    server.add_generic_rpc_handlers((gateway.handler(), admin.handler()))
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection(
-        (SERVICE, ADMIN_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
-    try:
-        return server, server.add_insecure_port(f"{settings.host}:{settings.port}")
-    except RuntimeError as error:
-        where = f"{settings.host}:{settings.port}"
-        raise ConfigError(f"coordinator.port: cannot listen on {where}; choose another (0: any)") from error
 
 
 def _serve_metrics(

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -75,6 +75,8 @@ class Environment:
     ray_auth_token_path: str | None
     cache_dir: Path | None
     """PDSERVE_CACHE, or a folder of XDG_CACHE_HOME; None leaves it to the model store."""
+    api_keys: str | None = field(default=None, repr=False)
+    """PDSERVE_API_KEYS: what security.api_keys_file would hold."""
 
 
 def read_environment() -> Environment:
@@ -87,6 +89,7 @@ def read_environment() -> Environment:
         ray_auth_token=get("RAY_AUTH_TOKEN"),
         ray_auth_token_path=get("RAY_AUTH_TOKEN_PATH"),
         cache_dir=Path(cache) if cache else Path(xdg, "pdserve") if xdg else None,
+        api_keys=get("PDSERVE_API_KEYS") or None,
     )
 
 
@@ -136,7 +139,9 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         host = RayHost(session, plan, config, hosted, _worker_progress(report), identity)
         await host.reserve()
         stack.callback(host.release)
-        coordinator = Coordinator(config, served, ray_targets=session.metrics_targets)
+        coordinator = Coordinator(
+            config, served, ray_targets=session.metrics_targets, keys=environment.api_keys
+        )
         supervisors = tuple(
             Supervisor(
                 host,

@@ -14,6 +14,7 @@ import typer
 from rich.logging import RichHandler
 
 from pdserve import __version__
+from pdserve.cli.access import ApiKey, TlsCa, TlsCert, TlsKey
 from pdserve.cli.bench import bench_app
 from pdserve.cli.configuration import config_app
 from pdserve.cli.console import ERR, fail
@@ -23,12 +24,14 @@ from pdserve.cli.doctor import doctor
 from pdserve.cli.drain import drain, undrain
 from pdserve.cli.explain import explain
 from pdserve.cli.generate import generate
+from pdserve.cli.keys import keys_app
 from pdserve.cli.logs import logs
 from pdserve.cli.models import models_app
 from pdserve.cli.plan import plan
 from pdserve.cli.replay import replay
 from pdserve.cli.serve import serve
 from pdserve.cli.simulate import simulate
+from pdserve.client import Access
 from pdserve.core.errors import PdServeError
 
 _UsageError: Final = typer.BadParameter.__mro__[2]
@@ -62,6 +65,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(keys_app, name="keys")
 
 
 def _version(wanted: bool) -> None:
@@ -72,13 +76,19 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")
     ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    api_key: ApiKey = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
+    context.obj = Access(api_key=api_key, ca_file=tls_ca, cert_file=tls_cert, key_file=tls_key)
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(name)s: %(message)s" if verbose else "%(message)s",

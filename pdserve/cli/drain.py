@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from pdserve.cli.access import access
 from pdserve.cli.console import ERR
 from pdserve.cli.generate import DEFAULT_ADDRESS
 from pdserve.client.admin import drain as drain_worker
@@ -28,7 +29,7 @@ def drain(
     Streams see a pause at most. Returns when nothing is left there and its process may be ended.
     """
     with ERR.status(f"draining {escape(worker)}") as status:
-        for progress in drain_worker(address, worker, timeout_s=timeout):
+        for progress in drain_worker(address, worker, timeout_s=timeout, access=access()):
             status.update(f"draining {escape(worker)}: {progress.requests_left} requests left")
     ERR.print(f"{escape(worker)} is drained")
 
@@ -40,5 +41,5 @@ def undrain(
     ] = DEFAULT_ADDRESS,
 ) -> None:
     """Put a drained worker back into use."""
-    undrain_worker(address, worker)
+    undrain_worker(address, worker, access=access())
     ERR.print(f"{escape(worker)} takes requests again")

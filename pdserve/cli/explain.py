@@ -10,6 +10,7 @@ import typer
 from google.protobuf.json_format import MessageToJson
 from rich.markup import escape
 
+from pdserve.cli.access import access
 from pdserve.cli.console import ERR, OUT
 from pdserve.cli.generate import DEFAULT_ADDRESS
 from pdserve.cli.summary import milliseconds, size
@@ -34,7 +35,7 @@ def explain(
 
     The coordinator remembers the last requests, as many as coordinator.explain_last says.
     """
-    story = ask(address, "" if request == "last" else request)
+    story = ask(address, "" if request == "last" else request, access=access())
     if trace is not None:
         try:
             trace.write_text(chrome_trace(story))

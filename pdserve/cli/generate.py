@@ -11,6 +11,7 @@ from typing import Annotated, Final
 import typer
 from rich.markup import escape
 
+from pdserve.cli.access import access
 from pdserve.cli.console import ERR, write_answer
 from pdserve.cli.summary import summary_line
 from pdserve.client import Client, Delta, RequestOptions
@@ -86,7 +87,7 @@ def generate(
         priority=priority,
         deadline_s=deadline_s,
     )
-    with Client(address) as client:
+    with Client(address, access=access()) as client:
         if chat:
             deltas = client.stream(messages=_messages(text, system), **options)
         else:

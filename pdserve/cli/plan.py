@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from pdserve.cli.access import access
 from pdserve.cli.console import ERR, OUT
 from pdserve.cli.generate import DEFAULT_ADDRESS
 from pdserve.client.admin import plan as ask
@@ -21,7 +22,7 @@ def plan(
 
     planner.mode in the configuration turns it on; `active` lets it change roles by itself.
     """
-    answer = ask(address)
+    answer = ask(address, access=access())
     if not answer.proposals:
         ERR.print(f"nothing is planned (planner.mode is {answer.mode})")
         return

@@ -2,10 +2,12 @@
 
 from pdserve.client.aio import AsyncClient
 from pdserve.client.answers import Choice, Completion, Delta, Model, Timings, Usage
+from pdserve.client.channel import Access
 from pdserve.client.requests import Messages, RequestOptions
 from pdserve.client.sync import Client
 
 __all__ = [
+    "Access",
     "AsyncClient",
     "Choice",
     "Client",

@@ -8,7 +8,7 @@ from typing import Final
 
 import grpc
 
-from pdserve.client.channel import OPTIONS, target_of
+from pdserve.client.channel import OPEN_ACCESS, Access
 from pdserve.client.failures import error_from
 from pdserve.core.proto.pdserve.v1 import admin_pb2 as pb
 
@@ -22,9 +22,9 @@ class DrainStatus:
     """Nothing of any request is left there."""
 
 
-def undrain(address: str, worker: str) -> None:
+def undrain(address: str, worker: str, *, access: Access = OPEN_ACCESS) -> None:
     """Put a drained worker back into use. Raises `InvalidRequest` for one that is not there, ..."""
-    with grpc.insecure_channel(target_of(address), options=OPTIONS) as channel:
+    with access.channel(address) as channel:
         call = channel.unary_unary(
             f"{_SERVICE}Undrain", pb.UndrainRequest.SerializeToString, pb.UndrainResponse.FromString
         )
@@ -34,13 +34,15 @@ def undrain(address: str, worker: str) -> None:
             raise error_from(error.code(), error.details() or "", error.trailing_metadata() or ()) from error
 
 
-def drain(address: str, worker: str, *, timeout_s: float | None = None) -> Iterator[DrainStatus]:
+def drain(
+    address: str, worker: str, *, timeout_s: float | None = None, access: Access = OPEN_ACCESS
+) -> Iterator[DrainStatus]:
     """Take a worker out of use; yields how much is left whenever that changes, until nothing is.
 
     timeout_s: after this long, what could not move to another worker starts over there; None: as configured.
     Raises a `PdServeError`: `InvalidRequest` for a worker that is not there, `WorkerLost`, ...
     """
-    with grpc.insecure_channel(target_of(address), options=OPTIONS) as channel:
+    with access.channel(address) as channel:
         call = channel.unary_stream(
             f"{_SERVICE}Drain", pb.DrainRequest.SerializeToString, pb.DrainStatus.FromString
         )(pb.DrainRequest(worker=worker, timeout_s=timeout_s))
@@ -54,9 +56,9 @@ def drain(address: str, worker: str, *, timeout_s: float | None = None) -> Itera
             call.cancel()  # type: ignore[no-untyped-call]  # the stubs leave its type out
 
 
-def plan(address: str, *, timeout_s: float = 10.0) -> pb.Plans:
+def plan(address: str, *, timeout_s: float = 10.0, access: Access = OPEN_ACCESS) -> pb.Plans:
     """The newest plan of each model; the fields are described in admin.proto. Raises a `PdServeError`."""
-    with grpc.insecure_channel(target_of(address), options=OPTIONS) as channel:
+    with access.channel(address) as channel:
         method = channel.unary_unary(f"{_SERVICE}Plan", pb.PlanRequest.SerializeToString, pb.Plans.FromString)
         call = method.future(pb.PlanRequest(), timeout=timeout_s)
         try:
@@ -66,13 +68,15 @@ def plan(address: str, *, timeout_s: float = 10.0) -> pb.Plans:
         return answer
 
 
-def explain(address: str, request: str = "", *, timeout_s: float = 10.0) -> pb.Explanation:
+def explain(
+    address: str, request: str = "", *, timeout_s: float = 10.0, access: Access = OPEN_ACCESS
+) -> pb.Explanation:
     """The story of a request: decisions with their candidates and predictions, attempts, phases, outputs.
 
     request: its id, or empty for the last one that arrived. The fields are described in admin.proto. Raises a
     `PdServeError`: `RequestNotFound` for one that is not remembered, ...
     """
-    with grpc.insecure_channel(target_of(address), options=OPTIONS) as channel:
+    with access.channel(address) as channel:
         method = channel.unary_unary(
             f"{_SERVICE}Explain", pb.ExplainRequest.SerializeToString, pb.Explanation.FromString
         )

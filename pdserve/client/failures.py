@@ -19,6 +19,8 @@ _BY_STATUS: Final[dict[grpc.StatusCode, type[PdServeError]]] = {
     grpc.StatusCode.CANCELLED: errors.RequestCancelled,
     grpc.StatusCode.FAILED_PRECONDITION: errors.ConfigError,
     grpc.StatusCode.DATA_LOSS: errors.CorruptTransfer,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
 }
 _BY_NAME: Final[dict[str, type[PdServeError]]] = {
     # Types whose own attributes do not travel come back as their nearest base.
@@ -37,6 +39,8 @@ _BY_NAME: Final[dict[str, type[PdServeError]]] = {
     "TransferTimeout": errors.TransferError,
     "CorruptTransfer": errors.CorruptTransfer,
     "ConfigError": errors.ConfigError,
+    "Unauthenticated": errors.Unauthenticated,
+    "PermissionDenied": errors.PermissionDenied,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Self, Unpack
 import grpc
 
 from pdserve.client.answers import Completion, Delta, Model, completion_from, delta_from, model_from
-from pdserve.client.channel import DEFAULT_TIMEOUT_S, OPTIONS, SERVICE, target_of
+from pdserve.client.channel import DEFAULT_TIMEOUT_S, OPEN_ACCESS, SERVICE, Access
 from pdserve.client.failures import error_from
 from pdserve.client.requests import Messages, RequestOptions, build_request
 from pdserve.core.errors import PdServeError
@@ -27,14 +27,11 @@ class Client:
         address: str,
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        credentials: grpc.ChannelCredentials | None = None,
+        access: Access = OPEN_ACCESS,
     ) -> None:
-        """credentials: for TLS; None is plain text. Connects on the first call."""
-        target, self._timeout_s = target_of(address), timeout_s
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, options=OPTIONS)
+        """access: API key and TLS files. Connects on the first call. Raises `ConfigError` for wrong files."""
+        self._timeout_s = timeout_s
+        self._channel = access.channel(address)
         self._generate = self._channel.unary_unary(
             f"{SERVICE}Generate", pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
         )

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from pdserve.core.errors import ConfigError
+from pdserve.core.security_settings import SecuritySettings
 from pdserve.core.settings import Frozen, PositiveInt, Seconds
 from pdserve.core.sla_settings import STANDARD_CLASSES, Classes, SlaClassSettings, TenantSettings
 
@@ -425,6 +426,7 @@ class ServeConfig(Frozen):
     tracing: TracingSettings = TracingSettings()
     cost: CostSettings = CostSettings()
     planner: PlannerSettings = PlannerSettings()
+    security: SecuritySettings = SecuritySettings()
     seed: int = 0
     """Seeds routing and dummy weights; request seeds are their own."""
     models: tuple[ModelEntry, ...] = ()

@@ -4,6 +4,8 @@ PdServeError
 ├── InvalidRequest            a field of a request is wrong: names field, value, limit   INVALID_ARGUMENT
 │   └── PromptTooLong         prompt (+ output) does not fit the context                 INVALID_ARGUMENT
 ├── ModelNotFound             no such model is served, or no such model name              NOT_FOUND
+├── Unauthenticated           no API key, or none that is known                          UNAUTHENTICATED
+├── PermissionDenied          the key does not allow this                                PERMISSION_DENIED
 ├── RequestNotFound           nothing is remembered of a request                         NOT_FOUND
 ├── Overloaded                refused early, with a retry hint                           RESOURCE_EXHAUSTED
 │   └── BlockPoolExhausted    wanted n blocks, m free                                    RESOURCE_EXHAUSTED
@@ -46,6 +48,8 @@ class ErrorCode(StrEnum):
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     DATA_LOSS = "DATA_LOSS"
     INTERNAL = "INTERNAL"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
 
 
 class PdServeError(Exception):
@@ -83,6 +87,18 @@ class ModelNotFound(PdServeError):
         names = ", ".join(sorted(known)) or "none"
         what = f"model {model!r} is not here; known" if model else "several models are served, name one"
         super().__init__(f"{what}: {names}")
+
+
+class Unauthenticated(PdServeError):
+    """The caller did not say who it is, or nobody knows it."""
+
+    code = ErrorCode.UNAUTHENTICATED
+
+
+class PermissionDenied(PdServeError):
+    """The caller is known, and may not do this."""
+
+    code = ErrorCode.PERMISSION_DENIED
 
 
 class RequestNotFound(PdServeError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -71,9 +72,10 @@ class WorkerHost:
         journal: Journal | None = None,
         alone_s: float | None = None,
         on_alone: Callable[[], None] = lambda: None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """on_alone: told once when no coordinator has been connected for `alone_s`, after one was."""
-        self._alone_s, self._on_alone = alone_s, on_alone
+        self._alone_s, self._on_alone, self._tls = alone_s, on_alone, tls
         self._info, self._on_event = info, on_event
         self._heartbeat, self._heartbeat_s = heartbeat, heartbeat_s
         self._journal = journal or Journal(enabled=False)
@@ -163,7 +165,7 @@ class WorkerHost:
                 closing.add(closer)
                 closer.add_done_callback(closing.discard)
 
-        server, real = await listen(address, accept)
+        server, real = await listen(address, accept, tls=self._tls)
         beat = asyncio.create_task(self._beat())
         started.append(real)
         ready.set()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from coordinator.keys import ApiKeys, Scope
 from pdserve.cli.app import main
 from pdserve.cli.options import build_config, parse_settings
 from pdserve.cli.summary import milliseconds, size
@@ -153,3 +154,17 @@ def test_figures_are_short() -> None:
         "2.34 MB",
         "5 GB",
     ]
+
+
+def test_a_new_key_is_an_entry_that_the_service_reads_and_the_key_is_not_in_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, entry, said = run(
+        capsys, monkeypatch, "keys", "new", "search", "--tenant", "a", "--scope", "observe"
+    )
+    assert code == 0
+    key = said.rpartition(" ")[2].strip()
+    assert key.startswith("pds_")
+    assert key not in entry
+    caller = ApiKeys.from_text(entry, "test").caller(key)
+    assert (caller.name, caller.tenant, caller.scopes) == ("search", "a", {Scope.OBSERVE})

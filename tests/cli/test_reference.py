@@ -110,6 +110,11 @@ planner.interval_s               number              = `10.0`
 planner.dwell_s                  number              = `60.0`
 planner.min_gain                 number              = `0.02`
 planner.season_s                 number              = `0.0`
+security.tls_cert_file           text or nothing     = nothing
+security.tls_key_file            text or nothing     = nothing
+security.tls_client_ca_file      text or nothing     = nothing
+security.api_keys_file           text or nothing     = nothing
+security.cluster_tls             mapping or nothing  = nothing
 seed                             integer             = `0`
 models                           list                = `()`
 """  # noqa: E501 - a knob is a line

@@ -12,9 +12,11 @@ from typing import Any, ParamSpec
 
 from coordinator.models import ServedModel
 from coordinator.service import Coordinator
-from pdserve.client import AsyncClient
+from pdserve.client import Access, AsyncClient
+from pdserve.client.channel import OPEN_ACCESS
 from pdserve.core.config import CoordinatorSettings, ServeConfig
 from pdserve.core.messages import Role
+from pdserve.core.security_settings import SecuritySettings
 from tests.support.scripted_model import make_scripted_model
 from tests.support.scripted_worker import ScriptedCluster, ScriptedWorker
 
@@ -55,16 +57,29 @@ class Deployed:
 
 @contextlib.asynccontextmanager
 async def deployed(
-    folder: Path, *, prefill: int = 1, decode: int = 1, chat: bool = True, **settings: Any
+    folder: Path,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    chat: bool = True,
+    security: SecuritySettings | None = None,
+    keys: str | None = None,
+    access: Access = OPEN_ACCESS,
+    **settings: Any,
 ) -> AsyncIterator[Deployed]:
-    """`settings` are the coordinator's; ports are free ones, and the model is called `scripted`."""
-    config = ServeConfig(coordinator=CoordinatorSettings(**{"port": 0, **settings}))
+    """`settings` are the coordinator's; ports are free ones, and the model is called `scripted`.
+
+    access: the client's; keys: API keys from elsewhere than a file.
+    """
+    config = ServeConfig(
+        coordinator=CoordinatorSettings(**{"port": 0, **settings}), security=security or SecuritySettings()
+    )
     model = ServedModel.from_dir(make_scripted_model(folder / "model", chat=chat), name="scripted")
-    coordinator = Coordinator(config, [model])
+    coordinator = Coordinator(config, [model], keys=keys)
     cluster = ScriptedCluster(folder)
     try:
         endpoints = await coordinator.start()
-        async with AsyncClient(endpoints.grpc, timeout_s=20) as client:
+        async with AsyncClient(endpoints.grpc, timeout_s=20, access=access) as client:
             system = Deployed(coordinator, cluster, client, endpoints.grpc, endpoints.metrics_port)
             for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
                 for index in range(count):
