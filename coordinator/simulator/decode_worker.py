@@ -25,6 +25,8 @@ from pdserve.core.messages import (
     Heartbeat,
     KvArrived,
     Migrate,
+    Preempt,
+    Preempted,
     PrefillProgress,
     PushesSettled,
     RefusalReason,
@@ -90,6 +92,8 @@ class DecodeWorker(Worker):
                 self._schedule()
             case Migrate():
                 self._migrate(message, now)
+            case Preempt(attempt=attempt):
+                self._preempt(attempt, now)
             case Drain() | ChangeRole():
                 self.draining = True
             case _:
@@ -97,7 +101,7 @@ class DecodeWorker(Worker):
 
     def _start(self, message: StartDecode, now: float) -> None:
         spec, attempt = message.spec, message.spec.attempt
-        # Room for the whole answer: preemption is not modelled.
+        # Room for the whole answer: that a worker preempts of its own accord is not modelled.
         wanted = blocks_for(len(spec.tokens) + num_new_tokens(spec), self.info.block_tokens)
         reason = None
         if self.draining:
@@ -197,6 +201,18 @@ class DecodeWorker(Worker):
     def _num_written(self, answer: _Answer) -> int:
         """Here, so far; never the last one, which ends it."""
         return min(int(self.steps - answer.began), answer.to_write - 1) if answer.began >= 0 else 0
+
+    def _preempt(self, attempt: AttemptId, now: float) -> None:
+        """What it has written is told, and its room is free."""
+        answer = self._answers.get(attempt)
+        if answer is None or answer.began < 0:
+            return
+        self._advance(now)
+        count = max(self._num_written(answer), 0)
+        told: list[Up] = [_tokens(answer, count, None)] if count else []
+        self._leave(attempt)
+        self._ports.tell(self, [*told, Preempted(attempt=attempt)], now)
+        self._schedule()
 
     # --- to another worker ------------------------------------------------------------------------------
 

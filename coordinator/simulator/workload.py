@@ -28,6 +28,8 @@ class SlaClass:
     ttft_s: float | None = None
     tpot_s: float | None = None
     priority: int = 0
+    preemptible: bool = False
+    """May be interrupted by more urgent ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

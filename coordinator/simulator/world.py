@@ -233,6 +233,7 @@ class World:
             ttft_target_s=arrival.sla.ttft_s,
             tpot_target_s=arrival.sla.tpot_s,
             priority=arrival.sla.priority,
+            preemptible=arrival.sla.preemptible,
         )
         self._open[request.id] = arrival
         if self._planner is not None:
