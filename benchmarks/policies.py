@@ -26,7 +26,7 @@ from pdserve.core.errors import Overloaded
 
 LLAMA_8B: Final = ModelSize(params=8.03e9, layers=32, heads=32, kv_heads=8, head_dim=128)
 LLAMA_70B: Final = ModelSize(params=70.6e9, layers=80, heads=64, kv_heads=8, head_dim=128)
-CHUNKS: Final = (192, 384, 768, 2048)
+CHUNKS: Final = (128, 192, 256, 320, 384, 768, 2048)
 """Token budgets of colocated workers' steps; 2048 is vLLM's smallest default."""
 WORKERS: Final = 4
 _CONV: Final = "azure-llm-2023/AzureLLMInferenceTrace_conv.csv"
@@ -57,18 +57,30 @@ CASES: Final = (
         files=(_CONV, _CODE),
         ttft_s=0.5,
         tpot_s=0.015,
-        rates=(40.0, 60.0),
+        rates=(25.0, 35.0, 45.0, 60.0),
         everything=True,
     ),
-    Case(name="mixed, 8B, 500 / 30 ms", files=(_CONV, _CODE), ttft_s=0.5, tpot_s=0.03, rates=(40.0, 60.0)),
+    Case(
+        name="mixed, 8B, 500 / 30 ms",
+        files=(_CONV, _CODE),
+        ttft_s=0.5,
+        tpot_s=0.03,
+        rates=(25.0, 35.0, 45.0, 60.0),
+    ),
     Case(
         name="mixed, 8B, 500 / 12 ms",
         files=(_CONV, _CODE),
         ttft_s=0.5,
         tpot_s=0.012,
-        rates=(40.0, 60.0),
+        rates=(25.0, 35.0, 45.0, 60.0),
     ),
-    Case(name="conversation, 8B, 500 / 15 ms", files=(_CONV,), ttft_s=0.5, tpot_s=0.015, rates=(40.0, 60.0)),
+    Case(
+        name="conversation, 8B, 500 / 15 ms",
+        files=(_CONV,),
+        ttft_s=0.5,
+        tpot_s=0.015,
+        rates=(25.0, 35.0, 45.0, 60.0),
+    ),
     Case(name="code, 8B, 500 / 15 ms", files=(_CODE,), ttft_s=0.5, tpot_s=0.015, rates=(30.0, 50.0)),
     Case(
         name="Mooncake conversation, 8B, 2000 / 15 ms",
