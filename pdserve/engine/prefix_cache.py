@@ -82,13 +82,7 @@ class PrefixCache:
 
         It ends before the last token, which is always computed: its logits are needed.
         """
-        blocks: list[BlockId] = []
-        for digest in hashes[: (num_tokens - 1) // self._block_tokens]:
-            block = self._block_of.get(digest)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        return self.beginning(hashes[: (num_tokens - 1) // self._block_tokens])
 
     def claim(self, hashes: Sequence[BlockHash], num_tokens: int, holder: Holder) -> list[BlockId]:
         """`lookup`, hold what was found, and count the hit."""
@@ -115,6 +109,16 @@ class PrefixCache:
     def block_of(self, digest: BlockHash) -> BlockId | None:
         """Where a block is kept, or None."""
         return self._block_of.get(digest)
+
+    def beginning(self, digests: Sequence[BlockHash]) -> list[BlockId]:
+        """Blocks of the longest prefix that is kept, to the end of `digests`."""
+        blocks: list[BlockId] = []
+        for digest in digests:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
 
     def allocate(self, count: int, holder: Holder) -> list[BlockId]:
         """`count` blocks, evicting the least recently used cached ones where needed.
