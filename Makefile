@@ -33,7 +33,7 @@ test-slow: $(STAMPS)/dev ## Run the tests that take minutes
 chaos: $(STAMPS)/dev ## Kill, stop, drain and restart real processes under load; SEED=n draws other faults, ROUNDS=m more
 	@OMP_NUM_THREADS=1 PDSERVE_CHAOS_SEED=$(or $(SEED),0) PDSERVE_CHAOS_ROUNDS=$(or $(ROUNDS),16) \
 		$(BIN)/pytest tests/e2e/test_chaos.py tests/e2e/test_faults.py tests/e2e/test_drain.py \
-		tests/e2e/test_restart.py tests/worker/test_faults.py tests/worker/test_migration.py \
+		tests/e2e/test_restart.py tests/worker/test_faults.py tests/worker/test_fault_storms.py tests/worker/test_migration.py \
 		tests/kvtransfer/test_nixl_processes.py tests/kvtransfer/test_integrity.py tests/kvtransfer/test_service.py
 
 sim: $(STAMPS)/dev ## Simulate whole clusters with faults, each from a seed; SEED=n replays one, SEEDS=m runs so many

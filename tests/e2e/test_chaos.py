@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import psutil
 import pytest
 from transformers import PreTrainedModel
 
+from coordinator.events import Action, Event
+from coordinator.registry import Registry
 from pdserve.core.lifecycle import Phase
 from tests.e2e.conftest import config_of
 from tests.e2e.test_disaggregated import prompt_of
@@ -44,13 +47,17 @@ def test_a_drawn_fault_costs_a_pause_or_a_typed_error_and_nothing_else(
 ) -> None:
     rng = random.Random(f"{SEED}/{round_}")
     victim, fault = rng.choice(WORKERS), rng.choice([kill, terminate, stop, stop_and_continue])
-    phase = rng.choice([Phase.PREFILLING, Phase.DECODING])
+    phase = rng.choice([Phase.QUEUED, Phase.PREFILLING, Phase.TRANSFERRING, Phase.DECODING])
     pid, epoch = chaotic.pid(victim), epoch_of(chaotic, victim)
+    struck = strike_in(chaotic, phase, pid, fault)
     lengths = [rng.choice([1, 15, 16, 17, 100]) for _ in range(3)] + [1900]
     prompts = [prompt_of(length, seed=rng.randrange(1000)) for length in lengths]
     streams = [Streaming(chaotic, prompt, 120) for prompt in prompts]
-    chaotic.wait_until(f"a request is {phase}", lambda: chaotic.snapshot().phases.get(phase))
-    replaced = fault(chaotic, victim, pid)
+    chaotic.wait_until(f"a request was {phase} when it struck", struck.is_set)
+    replaced = fault is not stop_and_continue
+    if fault is stop_and_continue:
+        os.kill(pid, signal.SIGCONT)
+        chaotic.wait_until("it runs again", lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED)
     for stream, prompt in zip(streams, prompts, strict=True):
         stream.end()
         expected = greedy(tiny_oracle[1], prompt, 120, ignore_eos=True)
@@ -73,25 +80,39 @@ def test_a_drawn_fault_costs_a_pause_or_a_typed_error_and_nothing_else(
     chaotic.wait_until("every block back", chaotic.idle)
 
 
-def kill(running: RunningDeployment, worker: str, pid: int) -> bool:
-    os.kill(pid, signal.SIGKILL)
-    return True
+kill, terminate, stop = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP
+stop_and_continue = signal.SIGTSTP
+"""Continued before anyone may have missed it: the same process goes on. Sent as SIGSTOP."""
 
 
-def terminate(running: RunningDeployment, worker: str, pid: int) -> bool:
-    os.kill(pid, signal.SIGTERM)
-    return True
+def strike_in(running: RunningDeployment, phase: Phase, pid: int, fault: signal.Signals) -> threading.Event:
+    """Send the signal from the coordinator's own loop, in the event that brings a request into `phase`.
+
+    Phases can last less than a millisecond: looking from outside would miss them.
+    """
+    struck = threading.Event()
+
+    def install() -> None:
+        dispatcher = running.deployment.coordinator._require_running().dispatcher
+        registry = dispatcher.registry
+        handle = registry.handle
+
+        def handle_and_strike(event: Event, now: float) -> list[Action]:
+            actions = handle(event, now)
+            if not struck.is_set() and (registry.phases().get(phase) or _passed(registry, phase)):
+                os.kill(pid, signal.SIGSTOP if fault is stop_and_continue else fault)
+                struck.set()
+                registry.handle = handle  # type: ignore[method-assign]  # as it was
+            return actions
+
+        registry.handle = handle_and_strike  # type: ignore[method-assign]  # for one strike
+
+    running.on_loop(install)
+    return struck
 
 
-def stop(running: RunningDeployment, worker: str, pid: int) -> bool:
-    os.kill(pid, signal.SIGSTOP)
-    running.wait_until("it is stopped", lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    return True
-
-
-def stop_and_continue(running: RunningDeployment, worker: str, pid: int) -> bool:
-    """Continued before anyone may have missed it: the same process goes on."""
-    stop(running, worker, pid)
-    os.kill(pid, signal.SIGCONT)
-    running.wait_until("it runs again", lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED)
-    return False
+def _passed(registry: Registry, phase: Phase) -> bool:
+    """One event may lead through several phases."""
+    return any(
+        entered is phase for flight in registry._book.flights.values() for _, entered in flight.record.history
+    )
