@@ -89,6 +89,8 @@ class Book:
     stories: Stories = field(init=False)
     _answers: dict[str, float] = field(default_factory=dict)
     """By model: mean length of the answers of late."""
+    draining: dict[WorkerId, None] = field(default_factory=dict)
+    """Workers that are being drained, in the order in which they began: looked at on every event."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
     _gap_s: float = 1.0
     last_end: float | None = None
@@ -179,6 +181,14 @@ class Book:
                 placement=placement,
             )
         )
+
+    def note_draining(self, worker: WorkerId) -> None:
+        """After an event of this worker, which alone may have begun or ended to drain by it."""
+        state = self.fleet.get(worker)
+        if state is not None and state.draining:
+            self.draining.setdefault(worker)
+        else:
+            self.draining.pop(worker, None)
 
     def release(self, attempt: Attempt) -> None:
         """Stop counting an attempt as load of its workers."""

@@ -47,8 +47,8 @@ MOVE_AGAIN_S: Final = 0.25
 def move_away(book: Book, now: float) -> list[Action]:
     """Begin the moves that can begin, for every worker that is being drained."""
     actions: list[Action] = []
-    for source in book.fleet:
-        if not (source.up and source.draining and source.info.role is Role.DECODE):
+    for source in [book.fleet.get(worker) for worker in book.draining]:
+        if source is None or not (source.up and source.draining and source.info.role is Role.DECODE):
             continue
         if source.drain_until is None:
             source.drain_until = now + book.settings.drain_timeout_s

@@ -145,6 +145,9 @@ class Registry:
     def handle(self, event: Event, now: float) -> list[Action]:
         """What is to be done about `event`. `now` is monotonic, in seconds."""
         actions = self._handle(event, now)
+        worker = _worker_of(event)
+        if worker is not None:
+            self._book.note_draining(worker)
         actions += moving.move_away(self._book, now)
         # Any event may have made room, or a request wait.
         return actions + placing.place_waiting(self._book, now)
@@ -420,3 +423,20 @@ class Registry:
                     absent = NoWorkers(Role.DECODE, model)
                     actions += endings.fail(self._book, self._book.flights[request], absent, now)
         return actions
+
+
+def _worker_of(event: Event) -> WorkerId | None:
+    match event:
+        case WorkerJoined(info=info):
+            return info.worker
+        case (
+            FromWorker(worker=worker)
+            | DrainWorker(worker=worker)
+            | UndrainWorker(worker=worker)
+            | ChangeWorkerRole(worker=worker)
+            | WorkerGone(worker=worker)
+            | WorkerDown(worker=worker)
+        ):
+            return worker
+        case _:
+            return None
