@@ -35,7 +35,7 @@ def log_accepted(sample: NewRequest) -> None:
             "max_tokens": sample.sampling.max_tokens,
             "trace_id": sample.traceparent.split("-")[1] if sample.traceparent.count("-") == 3 else None,
         }
-        log.info("accepted", extra=about(sample.id, **fields))
+        log.info("accepted", extra=about(sample.id, None, **fields))
 
 
 def log_placed(message: StartDecode, worker: WorkerId) -> None:

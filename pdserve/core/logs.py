@@ -61,7 +61,7 @@ class _Formatter(logging.Formatter):
                 found = {"request": str(arg.request), "attempt": str(arg)}
                 break
         more = getattr(record, "fields", None)
-        return found | more if isinstance(more, Mapping) else found
+        return {**found, **more} if isinstance(more, Mapping) else found
 
     def trace(self, record: logging.LogRecord) -> str:
         return self.formatException(record.exc_info) if record.exc_info else ""
