@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from pdcpu.library import HelperCore, computing
 
 from pdserve.core.config import CacheSettings, ModelSettings
 from pdserve.core.ids import BlockId
@@ -44,6 +45,13 @@ def cases(engine: Engine) -> dict[str, tuple[Callable[[], object], int]]:
     }
 
 
+def _use(threads: int) -> None:
+    """Of torch, and of our own kernels where the engine computes with them."""
+    torch.set_num_threads(threads)
+    if (library := computing()) is not None:
+        library.set_helpers([HelperCore(None)] * (threads - 1))
+
+
 def main() -> None:
     engine = build_engine(
         store.resolve(store.DEFAULT_MODEL), ModelSettings(), CacheSettings(), device="cpu", num_threads=1
@@ -51,7 +59,7 @@ def main() -> None:
     best: dict[tuple[str, int], float] = {}
     for _ in range(ROUNDS):
         for threads in (1, 2):
-            torch.set_num_threads(threads)
+            _use(threads)
             for name, (step, repeats) in cases(engine).items():
                 step()
                 for _ in range(repeats):

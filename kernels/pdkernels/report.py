@@ -236,6 +236,8 @@ HEADER: Final = """# Kernels: registers, spills, shared memory
 
 Written by `python -m pdkernels.report`; do not edit. Triton {triton}, the assembler it brings.
 
+The CPU's kernels have a page of their own: [cpu-kernels.md](cpu-kernels.md).
+
 These are facts of compilation, found without a GPU: every kernel below compiles for the GPU named, spills
 nothing and fits its shared memory. **Nothing on this page was run or timed on a GPU.** Correctness is proved
 by the tests in `tests/kernels` under Triton's interpreter, in float32 and float16; bfloat16, and anything
