@@ -17,7 +17,7 @@ from typing import Any, Final, cast, get_args
 import msgpack
 
 from coordinator.book import RegistrySettings
-from coordinator.events import Action, Broken, Event, FromWorker, Send
+from coordinator.events import Action, Broken, Event, FromWorker, Send, Tick
 from coordinator.registry import Registry
 from coordinator.router import Router
 from pdserve.core.codec import decode, encode, from_fields, to_fields
@@ -47,6 +47,8 @@ class RecordingRegistry(Registry):
         actions = super().handle(event, now)
         entry = [now, type(event).__name__, _fields_of(event), sent(actions)]
         self._file.write(cast("bytes", msgpack.packb(entry)))
+        if isinstance(event, Tick):
+            self._file.flush()  # a few times a second: what was recorded outlives the process
         return actions
 
     def close(self) -> None:
