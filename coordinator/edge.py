@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from pathlib import Path
 from typing import Final
 
@@ -109,6 +110,19 @@ def _credentials(security: SecuritySettings) -> grpc.ServerCredentials | None:
         renewed,  # type: ignore[arg-type]  # None is fine, which the stubs do not know
         require_client_authentication=len(files) > 2,
     )
+
+
+def web_tls(security: SecuritySettings) -> ssl.SSLContext | None:
+    """The endpoint's certificate for the console; browsers show none of their own. Raises `ConfigError`."""
+    if security.tls_cert_file is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(security.tls_cert_file, security.tls_key_file)
+    except OSError as error:
+        raise ConfigError(f"security.tls_cert_file: {security.tls_cert_file}: {error}") from error
+    return context
 
 
 def _certificates(files: list[Path]) -> grpc.ServerCertificateConfiguration:

@@ -17,8 +17,10 @@ from grpc_health.v1._async import HealthServicer  # `health.aio`, which the stub
 
 from coordinator.admin import Admin
 from coordinator.book import RegistrySettings
+from coordinator.console.server import Console, is_loopback
+from coordinator.console.watch import ConsoleWatch
 from coordinator.dispatcher import Dispatcher
-from coordinator.edge import api_keys, listen
+from coordinator.edge import api_keys, listen, web_tls
 from coordinator.events import Event
 from coordinator.fleet import WorkerState
 from coordinator.gateway import SERVICE, Gateway, GatewaySettings
@@ -50,6 +52,8 @@ class Endpoints:
     grpc: str
     """host:port"""
     metrics_port: int
+    console: str | None = None
+    """URL of the web page; None: there is none."""
 
 
 class Coordinator:
@@ -97,14 +101,14 @@ class Coordinator:
         models = {name: model for model in loaded for name in model.served.names}
         settings = self._config.coordinator
         tracer = make_tracer(self._config.tracing)
-        plans = self._planners()
+        plans, watch = self._planners(), ConsoleWatch()
         dispatcher = Dispatcher(
             make_registry(self._config, record=settings.record),
             self._metrics,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
             step_timeout_s=settings.step_timeout_s,
             tracer=tracer,
-            watchers=() if plans is None else (plans,),
+            watchers=(watch,) if plans is None else (watch, plans),
             on_connection_lost=self._connection_lost,
             on_workers_changed=self._workers_changed,
         )
@@ -113,10 +117,24 @@ class Coordinator:
             settings, self._config.security, self._keys, gateway, Admin(dispatcher, plans), self._health
         )
         metrics_server = _serve_metrics(settings, self._metrics, self._ray_targets)
-        self._running = _Running(dispatcher, server, metrics_server, tracer)
+        console = Console(dispatcher, watch, self._keys, tuple if plans is None else plans.proposals)
+        self._running = _Running(dispatcher, server, metrics_server, tracer, console)
+        console_url = await self._start_console(console)
         await server.start()
         await self._update_health()
-        return Endpoints(f"{settings.host}:{port}", metrics_server.port)
+        return Endpoints(f"{settings.host}:{port}", metrics_server.port, console_url)
+
+    async def _start_console(self, console: Console) -> str | None:
+        settings, tls = self._config.coordinator, web_tls(self._config.security)
+        if settings.console_port is None:
+            return None
+        if self._keys is None and not is_loopback(settings.console_host):
+            raise ConfigError(
+                f"coordinator.console_host: {settings.console_host} is open to others, and the console shows "
+                "what goes on: set security.api_keys_file too"
+            )
+        port = await console.start(settings.console_host, settings.console_port, tls)
+        return f"{'http' if tls is None else 'https'}://{settings.console_host}:{port}/"
 
     def _planners(self) -> PlannerControl | None:
         settings = self._config.planner
@@ -159,6 +177,7 @@ class Coordinator:
             if isinstance(running.dispatcher.registry, RecordingRegistry):
                 running.dispatcher.registry.close()
             await refusing
+            await running.console.stop()
             await asyncio.to_thread(running.metrics_server.close)
             if running.tracer is not None:
                 await asyncio.to_thread(running.tracer.close)
@@ -242,6 +261,7 @@ class _Running:
     server: grpc.aio.Server
     metrics_server: MetricsServer
     tracer: RequestTracer | None
+    console: Console
 
 
 def make_registry(config: ServeConfig, *, record: str | None = None) -> Registry:

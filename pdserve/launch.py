@@ -103,6 +103,7 @@ class Deployment:
     models: tuple[ServedModel, ...]
     grpc: str
     metrics_port: int
+    console_url: str | None
     dashboard_url: str | None
     dashboard_token_file: Path | None
     """The dashboard asks for what is in this file."""
@@ -167,6 +168,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
             models=served,
             grpc=endpoints.grpc,
             metrics_port=endpoints.metrics_port,
+            console_url=endpoints.console,
             dashboard_url=session.dashboard_url,
             dashboard_token_file=_write_token(session) if session.local else None,
             plan=plan,

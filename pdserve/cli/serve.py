@@ -107,6 +107,8 @@ def _announce(deployment: Deployment) -> None:
         ERR.print(f"[bold green]ready[/]  {escape(names)}: {workers}")
     ERR.print(f"  gRPC       {deployment.grpc}")
     ERR.print(f"  metrics    http://127.0.0.1:{deployment.metrics_port}/metrics")
+    if deployment.console_url:
+        ERR.print(f"  console    {deployment.console_url}")
     if deployment.dashboard_url:
         token = deployment.dashboard_token_file
         ERR.print(f"  dashboard  {deployment.dashboard_url}" + (f" (its token: {token})" if token else ""))

@@ -219,6 +219,10 @@ class CoordinatorSettings(Frozen):
     """gRPC; 0 picks a free port."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus; 0 picks a free port, shown at start."""
+    console_host: str = "127.0.0.1"
+    """Address of the web page that shows the service; beyond this machine only with API keys."""
+    console_port: Annotated[int, Field(ge=0, le=65535)] | None = 0
+    """Of that page; 0 picks a free port, shown at start; nothing (null): no page."""
     policy: RoutingPolicy | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = RoutingPolicy.POWER_OF_TWO
     """How a request's workers are chosen: by name, or `module:Class` for a policy of your own."""
     local_prefill: LocalPrefill = LocalPrefill.AUTO

@@ -45,6 +45,7 @@ class Deployed:
     client: AsyncClient
     address: str
     metrics_port: int
+    console: str
 
     async def add(self, name: str, role: Role, **info: int) -> ScriptedWorker:
         worker = await self.cluster.start(name, role, **info)
@@ -80,7 +81,9 @@ async def deployed(
     try:
         endpoints = await coordinator.start()
         async with AsyncClient(endpoints.grpc, timeout_s=20, access=access) as client:
-            system = Deployed(coordinator, cluster, client, endpoints.grpc, endpoints.metrics_port)
+            system = Deployed(
+                coordinator, cluster, client, endpoints.grpc, endpoints.metrics_port, endpoints.console or ""
+            )
             for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
                 for index in range(count):
                     await system.add(f"{role.value}-{index}", role)
