@@ -39,7 +39,9 @@ _PAGES: Final = {"/": ("index.html", "text/html"), "/console.js": ("console.js",
     "/console.css": ("console.css", "text/css")
 }
 _HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
