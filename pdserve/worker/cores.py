@@ -2,7 +2,7 @@
 
 Every worker pins cores of its own, so that prefill and decode do not slow each other. But a prompt that comes
 when nobody decodes would be read with half the machine idle. So each worker says on a board whether it has
-work, and others compute on the cores of those that have none. In one of two ways:
+work, and those that may borrow compute on the cores of those that have none. In one of two ways:
 
 - With kernels of our own (`pdcpu`), a helping thread is pinned to every core that might be lent. It looks at
   the board before each tile of a product, some ten microseconds of work, and sleeps while the owner is busy.
@@ -39,7 +39,8 @@ class CoreShare:
     others: tuple[tuple[int, tuple[int, ...]], ...]
     """(index, cores) of every other worker of this machine."""
     borrows: bool
-    """Whether its torch threads do. Helpers of our own kernels always do: they leave at once when asked."""
+    """Whether it computes on the cores of others. Not for short steps: they wait for a helper that was
+    interrupted in the middle of a tile, by a coordinator or a client that also uses the core."""
 
     def among(self, allowed: Iterable[int]) -> CoreShare:
         """The same, when the numbers of cores were indices into `allowed`, wrapped around."""
@@ -108,9 +109,9 @@ class CoreLender:
         self._board.close()
 
     def _helpers(self) -> list[HelperCore]:
-        """One for every core but the compute thread's own: of ours, and of others who may be idle."""
+        """One for every core of ours but the compute thread's, and for those of others who may be idle."""
         owners: dict[int, list[int]] = {core: [] for core in self._share.cores[1:]}
-        for index, cores in self._others:
+        for index, cores in self._others if self._share.borrows else ():
             for core in cores - self._own:
                 owners.setdefault(core, []).append(self._address + index)
         return [HelperCore(core, tuple(addresses), self._board) for core, addresses in sorted(owners.items())]

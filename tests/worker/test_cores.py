@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -132,9 +133,12 @@ def test_helpers_of_our_own_kernels_stand_on_every_core_and_look_at_its_owners(t
     threads: list[int] = []
 
     def work() -> None:
-        share = CoreShare(board=board, index=0, cores=(first, 55), others=others, borrows=False)
+        share = CoreShare(board=board, index=0, cores=(first, 55), others=others, borrows=True)
         prefill = CoreLender(share, threads.append, given.append)
         decode = CoreLender(CoreShare(board=board, index=3, cores=(second,), others=(), borrows=False), print)
+        keeps_to_its_own: list[Sequence[HelperCore]] = []
+        CoreLender(dataclasses.replace(share, borrows=False), threads.append, keeps_to_its_own.append)
+        assert [helper.cpu for helper in keeps_to_its_own[0]] == [55]
         helpers = {helper.cpu: helper.owners for helper in given[0]}
         assert {core: len(owners) for core, owners in helpers.items()} == {55: 0, second: 2, 77: 1}
         busy = ctypes.c_uint8.from_address(helpers[77][0])
