@@ -24,6 +24,8 @@ from pdserve.models.hf_config import read_config
 from pdserve.models.llama import LlamaModel
 from pdserve.models.ops import ModelOps, Workload
 from pdserve.models.quantization.view import DequantisedView
+from pdserve.models.ranks import Ranks
+from pdserve.models.sharding import local_config
 from pdserve.models.weights import DummySource, WeightSource, load_llama
 
 GIB: Final = 2**30
@@ -56,12 +58,15 @@ def build_engine(
     num_threads: int | None,
     progress: Callable[[float, str], None] | None = None,
     workload: Workload = Workload.ANY,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """Load the model, allocate the KV pool with what memory is left, and say what peers must agree on.
 
     device: "cpu" or as torch names a GPU. num_threads: of this process's torch, None leaves it.
     progress: called with a fraction in [0, 1] and words, on this thread.
     workload: on a CPU, a prefill worker keeps its weights once; others keep a second form for small batches.
+    ranks: processes that compute the model together with this one (tensor parallelism), all of which build
+    their engine at the same time; each has its part of the weights and of the KV heads. None: alone.
     Raises `CheckpointError` for weights that do not fit the config, `ConfigError` for settings that cannot
     work.
     """
@@ -72,10 +77,12 @@ def build_engine(
     config = read_config(model_dir)
     config = replace(config, dtype=config.dtype if model.dtype is DType.AUTO else model.dtype.value)
     wanted_len = _wanted_len(config, model)
-    weights, digest = _load(model_dir, model, config, target, wanted_len, workload, say)
+    weights, digest = _load(model_dir, model, config, target, wanted_len, workload, say, ranks)
     say(0.97, "allocating the KV cache")
-    layout = GroupLayout(group=_cache_group(config), block_tokens=cache.block_size)
+    layout = GroupLayout(group=_cache_group(config, ranks), block_tokens=cache.block_size)
     num_blocks = _num_blocks(layout, cache, target)
+    if ranks is not None:
+        num_blocks = ranks.smallest(num_blocks)
     max_model_len = _fitting_len(wanted_len, num_blocks, layout, model)
     pool = KVPool(layout, num_blocks, target)
     runner = ModelRunner(weights, (pool,), max_model_len=max_model_len, model_digest=digest, device=target)
@@ -86,7 +93,13 @@ def build_engine(
         runner=runner,
         sampler=Sampler(config.vocab_size, target),
         config=config,
-        fingerprint=Fingerprint(protocol=PROTOCOL_VERSION, model=digest, layouts=(layout,)),
+        fingerprint=Fingerprint(
+            protocol=PROTOCOL_VERSION,
+            model=digest,
+            layouts=(layout,),
+            tp_rank=0 if ranks is None else ranks.rank,
+            tp_size=1 if ranks is None else ranks.size,
+        ),
         num_blocks=num_blocks,
         block_tokens=cache.block_size,
     )
@@ -117,20 +130,23 @@ def _load(
     max_positions: int,
     workload: Workload,
     progress: Progress,
+    ranks: Ranks | None,
 ) -> tuple[LlamaModel, str]:
     dtype = TORCH_DTYPES[config.dtype]
-    ops = _make_ops(config, device, max_positions, workload, progress)
+    own = config if ranks is None else local_config(config, ranks.size)
+    ops = _make_ops(own, device, max_positions, workload, progress)
     # The pool is allocated after the weights: the last few percent are its.
     scaled = lambda fraction, words: progress(0.02 + 0.94 * fraction, words)  # noqa: E731
     if model.load_format == "dummy":
         source = DummySource(dtype)
         digest = hashlib.sha256(b"dummy" + (model_dir / "config.json").read_bytes()).hexdigest()[:32]
-        return load_llama(config, source, ops, dtype=dtype, device=device, progress=scaled), digest
+        weights = load_llama(config, source, ops, dtype=dtype, device=device, progress=scaled, ranks=ranks)
+        return weights, digest
     with Checkpoint.open(model_dir) as checkpoint:
         stored: WeightSource = checkpoint
         if config.quantization is not None:
             stored = DequantisedView(checkpoint, config.quantization, dtype)
-        weights = load_llama(config, stored, ops, dtype=dtype, device=device, progress=scaled)
+        weights = load_llama(config, stored, ops, dtype=dtype, device=device, progress=scaled, ranks=ranks)
         return weights, checkpoint.digest
 
 
@@ -171,11 +187,13 @@ def _fitting_len(wanted_len: int, num_blocks: int, layout: GroupLayout, model: M
     return capacity
 
 
-def _cache_group(config: ModelConfig) -> CacheGroup:
+def _cache_group(config: ModelConfig, ranks: Ranks | None) -> CacheGroup:
+    own = config if ranks is None else local_config(config, ranks.size)
     return CacheGroup(
         name="attention",
         num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=own.num_kv_heads,
+        total_kv_heads=None if ranks is None else config.num_kv_heads,
         head_dim=config.head_dim,
         dtype=config.dtype,
         sliding_window=config.sliding_window,

@@ -17,6 +17,7 @@ from torch import Tensor
 from pdserve.models.config import ModelConfig
 from pdserve.models.layers import DecoderLayer
 from pdserve.models.ops import LayerStack, Linear, ModelOps, SliceMeta
+from pdserve.models.tensor_parallel import SharedVocabulary
 
 OnLayersDone = Callable[[int, int], None]
 """Called with (first, last_exclusive) when those layers' KV of the step can be read by a transfer."""
@@ -34,6 +35,8 @@ class LlamaModel:
     head: Linear
     stack: LayerStack | None = None
     """Computes runs of the layers in one call, where the ops have that."""
+    vocabulary: SharedVocabulary | None = None
+    """Where several ranks compute the model: embedding and head are this rank's part."""
 
     def forward(
         self,
@@ -49,7 +52,7 @@ class LlamaModel:
         tokens_T: int64 on the model's device. Rows may be empty: then the head is not computed.
         """
         plan = self.ops.plan(slices)
-        residual = F.embedding(tokens_T, self.embedding_VE).to(self.ops.activation_dtype)
+        residual = self._embed(tokens_T)
         ends = group_ends(len(self.layers), layer_groups) if on_layers_done is not None else ()
         if self.stack is not None:
             return self._in_runs(self.stack, residual, plan, rows_R, ends, on_layers_done)
@@ -59,13 +62,26 @@ class LlamaModel:
             keep = rows_R if last == len(self.layers) else None
             x, residual = layer.forward(x, residual, self.ops, self.config, plan, keep)
             if on_layers_done is not None and last in ends:
-                self.ops.layers_done()
+                self._layers_done()
                 on_layers_done(first, last)
                 first = last
         if x is None or x.shape[0] == 0:
+            self._layers_done()
             return torch.empty((0, self.config.vocab_size), device=tokens_T.device)
         final = self.ops.add_rms_norm(x, residual, self.final_norm_E, self.config.rms_norm_eps)
         return self.head(final).float()
+
+    def _embed(self, tokens_T: Tensor) -> Tensor:
+        dtype = self.ops.activation_dtype
+        if self.vocabulary is not None:
+            return self.vocabulary.embed(tokens_T, self.embedding_VE, dtype)
+        return F.embedding(tokens_T, self.embedding_VE).to(dtype)
+
+    def _layers_done(self) -> None:
+        """Return when the KV of all layers issued so far is in the pools of every rank."""
+        self.ops.layers_done()
+        if self.vocabulary is not None:
+            self.vocabulary.ranks.barrier()
 
     def _in_runs(
         self,

@@ -21,6 +21,15 @@ from pdserve.models.moe_weights import expert_weights, router_name
 from pdserve.models.ops import Linear, ModelOps, QKNorm
 from pdserve.models.quantization.integers import IntWeight, stacked
 from pdserve.models.quantization.view import DequantisedView
+from pdserve.models.ranks import Ranks
+from pdserve.models.sharding import ShardedSource, local_config, vocabulary_part
+from pdserve.models.tensor_parallel import (
+    GatheredHead,
+    SharedRouter,
+    SharedVocabulary,
+    SummedExperts,
+    SummedLinear,
+)
 
 DUMMY_NUMBERS: Final = 2**20
 PLAIN_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -75,10 +84,21 @@ def load_llama(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress,
+    ranks: Ranks | None = None,
 ) -> LlamaModel:
-    """Read every weight once, in file order of layers, converted to `dtype`. Raises `CheckpointError`s."""
-    loader = _Loader(config, source, ops, dtype)
-    embedding = loader.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(device)
+    """Read every weight once, in file order of layers, converted to `dtype`. Raises `CheckpointError`s.
+
+    ranks: who computes the model together with this process, which then keeps its part of the weights. ops
+    are those of its `local_config`; config is the whole model's.
+    """
+    vocabulary, vocab_rows = None, config.vocab_size
+    if ranks is not None:
+        first_token, last_token = vocabulary_part(config.vocab_size, ranks.rank, ranks.size)
+        vocabulary, vocab_rows = SharedVocabulary(config.vocab_size, ranks), last_token - first_token
+        source = ShardedSource(source, config, ranks.rank, ranks.size)
+        config = local_config(config, ranks.size)
+    loader = _Loader(config, source, ops, dtype, ranks)
+    embedding = loader.tensor("model.embed_tokens.weight", (vocab_rows, config.hidden_size)).to(device)
     layers = []
     for index in range(config.num_layers):
         progress(index / (config.num_layers + 1), f"loading layer {index + 1} of {config.num_layers}")
@@ -86,25 +106,36 @@ def load_llama(
     progress(config.num_layers / (config.num_layers + 1), "loading the head")
     head = embedding
     if not config.tie_word_embeddings:
-        head = loader.tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
+        head = loader.tensor("lm_head.weight", (vocab_rows, config.hidden_size))
     final_norm = loader.norm("model.norm.weight", config.hidden_size)
     logits = ops.head(head)
     progress(0.99, "choosing matrix products")
     ops.weights_loaded()
+    # Between sums the ranks meet: a run of layers cannot be one call.
+    stack = ops.stack(layers, final_norm, logits) if vocabulary is None else None
     return LlamaModel(
         config=config,
         ops=ops,
         embedding_VE=embedding,
         layers=tuple(layers),
         final_norm_E=final_norm,
-        head=logits,
-        stack=ops.stack(layers, final_norm, logits),
+        head=logits if vocabulary is None else GatheredHead(logits, vocabulary),
+        stack=stack,
+        vocabulary=vocabulary,
     )
 
 
 class _Loader:
-    def __init__(self, config: ModelConfig, source: WeightSource, ops: ModelOps, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        ops: ModelOps,
+        dtype: torch.dtype,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._config, self._source, self._ops, self._dtype = config, source, ops, dtype
+        self._ranks = ranks
 
     def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         return self._stored(name, shape).to(self._dtype)
@@ -134,7 +165,7 @@ class _Loader:
                 biased=c.qkv_bias,
             ),
             qk_norm=self._qk_norm(attention) if c.qk_norm else None,
-            out=self._fused([(attention + "o_proj", c.hidden_size)], queries, biased=c.o_bias),
+            out=self._summed([(attention + "o_proj", c.hidden_size)], queries, biased=c.o_bias),
             post_norm_E=self.norm(prefix + "post_attention_layernorm.weight", c.hidden_size),
             mlp=self._mlp(prefix, index),
         )
@@ -147,15 +178,20 @@ class _Loader:
         down = [(prefix + "mlp.down_proj", c.hidden_size)]
         return DenseMlp(
             self._fused(gate_up, c.hidden_size, biased=c.mlp_bias),
-            self._fused(down, c.intermediate_size, biased=c.mlp_bias),
+            self._summed(down, c.intermediate_size, biased=c.mlp_bias),
         )
 
     def _mixture(self, prefix: str, moe: MoeConfig) -> MoeMlp:
         names, hidden = self._source.names, self._config.hidden_size
-        router = self.tensor(router_name(names, prefix), (moe.num_experts, hidden))
+        weight = self.tensor(router_name(names, prefix), (moe.num_experts, hidden))
+        router: Linear = self._ops.linear(weight, None)
+        experts = self._ops.experts(expert_weights(self._stored, names, prefix, moe, hidden, self._dtype))
+        if self._ranks is not None:
+            router = SharedRouter(router, self._ranks, moe.num_experts)
+            experts = SummedExperts(experts, self._ranks)
         return MoeMlp(
-            router=self._ops.linear(router, None),
-            experts=self._ops.experts(expert_weights(self._stored, names, prefix, moe, hidden, self._dtype)),
+            router=router,
+            experts=experts,
             experts_per_token=moe.experts_per_token,
             normalised=moe.normalised,
         )
@@ -167,6 +203,11 @@ class _Loader:
             k_D=self.norm(attention + "k_norm.weight", size),
             eps=self._config.rms_norm_eps,
         )
+
+    def _summed(self, parts: Sequence[tuple[str, int]], inputs: int, *, biased: bool) -> Linear:
+        """`_fused`, of inputs that are divided among the ranks."""
+        part = self._fused(parts, inputs, biased=biased)
+        return part if self._ranks is None else SummedLinear(part, self._ranks)
 
     def _fused(self, parts: Sequence[tuple[str, int]], inputs: int, *, biased: bool) -> Linear:
         """One projection made of several, stacked along its outputs."""
@@ -181,7 +222,7 @@ class _Loader:
 
     def _integers(self, parts: Sequence[tuple[str, int]], inputs: int) -> IntWeight | None:
         """The projection's weight in integers, where all of it is stored so."""
-        if not isinstance(self._source, DequantisedView):
+        if not isinstance(self._source, (DequantisedView, ShardedSource)):
             return None
         found = [self._source.integers(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
         whole = [part for part in found if part is not None]
