@@ -140,8 +140,7 @@ def _impossible(book: Book, request: NewRequest, now: float) -> PdServeError | N
 
 
 def largest_decoder(book: Book, model: str) -> WorkerState | None:
-    decoders = book.fleet.of(model, Role.DECODE)
-    return max(decoders, key=lambda w: w.info.num_blocks * w.info.block_tokens, default=None)
+    return book.fleet.pool(model, Role.DECODE).largest_up()
 
 
 def _too_slow(book: Book, request: NewRequest) -> Overloaded | None:
@@ -150,7 +149,7 @@ def _too_slow(book: Book, request: NewRequest) -> Overloaded | None:
     if target_s is None or not _keeps_targets(book, Admission.TARGETS):
         return None
     best_s = math.inf
-    for worker in book.fleet.of(request.model, Role.DECODE)[:WHOLE]:
+    for worker in book.fleet.pool(request.model, Role.DECODE).first_up(WHOLE):
         fit, alone = worker.latency.decode, (1.0, 1.0, float(len(request.tokens)))
         if fit.count < EVIDENCE:
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 from coordinator.account import close_leg, reason_of
@@ -195,7 +194,7 @@ def end(
     book: Book, flight: Flight, phase: Phase, outcome: FinishReason | PdServeError, now: float
 ) -> list[Action]:
     """Forget the request; the one place where that happens."""
-    report = dataclasses.replace(flight.report(now), phase=phase)
+    report = flight.report(now, phase)
     flight.record.move_to(phase, now=now)
     release_followers(book, flight)
     del book.flights[flight.id]

@@ -128,6 +128,10 @@ class WorkerState:
         return len(self._arriving)
 
     @property
+    def has_tpot_targets(self) -> bool:
+        return bool(self._tpot_targets)
+
+    @property
     def tpot_targets(self) -> tuple[float, int]:
         """Seconds, the tightest of the answers placed here (infinite without any), and how many have one."""
         targets = self._tpot_targets

@@ -10,7 +10,7 @@ from coordinator.account import Leg, Marks
 from coordinator.breakdown import after_first_token, before_first_token, longest
 from coordinator.decisions import Placement
 from coordinator.events import NewRequest
-from coordinator.report import Report
+from coordinator.report import Report, exceeds
 from coordinator.sla import Forecast, Goal
 from coordinator.stories import Story
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
@@ -149,16 +149,14 @@ class Flight:
             tpot_target_s=request.tpot_target_s,
         )
 
-    def blamed(self, report: Report) -> tuple[str, str]:
+    def _blamed(self, ttft_s: float | None, tpot_s: float | None, prefill_queue_s: float) -> tuple[str, str]:
         """What took longest where its TTFT and its TPOT target were missed; empty where they were met."""
         ttft, tpot, history = "", "", self.record.history
         if self.first_token_at is None or self.last_token_at is None:
             return ttft, tpot
-        if report.ttft_met is False:
-            ttft = longest(
-                before_first_token(history, self.first_token_at, prefill_queue_s=report.prefill_queue_s)
-            )
-        if report.tpot_met is False:
+        if exceeds(ttft_s, self.request.ttft_target_s):
+            ttft = longest(before_first_token(history, self.first_token_at, prefill_queue_s=prefill_queue_s))
+        if exceeds(tpot_s, self.request.tpot_target_s):
             tpot = longest(after_first_token(history, self.first_token_at, self.last_token_at))
         return ttft, tpot
 
@@ -170,17 +168,19 @@ class Flight:
             self.first_token_at = now
         self.last_token_at = now
 
-    def report(self, now: float) -> Report:
-        report = self._report(now)
-        ttft, tpot = self.blamed(report)
-        return dataclasses.replace(report, ttft_missed_in=ttft, tpot_missed_in=tpot)
-
-    def _report(self, now: float) -> Report:
+    def report(self, now: float, phase: Phase = Phase.FINISHED) -> Report:
+        """phase: how it ends."""
         request, attempt = self.request, self.attempt
         waited = self.record.seconds_in(Phase.QUEUED, now=now) + self.record.seconds_in(
             Phase.ADMITTED, now=now
         )
-        report = Report(
+        done = None if attempt is None else attempt.prefill_done
+        transfer = None if attempt is None else attempt.transfer
+        prefill_queue_s = 0.0 if attempt is None else attempt.prefill_queue_s
+        ttft_s = None if self.first_token_at is None else self.first_token_at - self.record.created
+        tpot_s = self._tpot_s()
+        ttft, tpot = self._blamed(ttft_s, tpot_s, prefill_queue_s)
+        return Report(
             id=self.id,
             model=request.model,
             tenant=request.tenant,
@@ -190,6 +190,7 @@ class Flight:
             attempts=self.attempts,
             migrations=self.migrations,
             legs=tuple(self.legs),
+            phase=phase,
             created=self.record.created,
             submitted=self.submitted,
             ended=now,
@@ -198,30 +199,25 @@ class Flight:
             sla_class=request.sla_class,
             preemptions=self.preemptions,
             e2e_s=now - self.record.created,
-            queue_s=waited,
-            ttft_s=None if self.first_token_at is None else self.first_token_at - self.record.created,
-            tpot_s=self._tpot_s(),
+            queue_s=waited + prefill_queue_s,
+            prefill_queue_s=prefill_queue_s,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
             ttft_target_s=request.ttft_target_s,
             tpot_target_s=request.tpot_target_s,
+            ttft_missed_in=ttft,
+            tpot_missed_in=tpot,
             predicted_ttft_s=None if self.predicted is None else self.predicted.ttft_s,
             predicted_tpot_s=None if self.predicted is None else self.predicted.tpot_s,
-        )
-        if attempt is None:
-            return report
-        done, transfer = attempt.prefill_done, attempt.transfer
-        return dataclasses.replace(
-            report,
-            queue_s=waited + attempt.prefill_queue_s,
-            prefill_queue_s=attempt.prefill_queue_s,
             prefill_s=None if done is None else done.compute_s,
             transfer_exposed_s=None if transfer is None else transfer.exposed_s,
             transfer_busy_s=None if transfer is None else transfer.busy_s,
             bytes_moved=0 if transfer is None else transfer.bytes_moved,
             transfer_path="" if transfer is None else transfer.path,
-            cached_tokens=attempt.cached_tokens,
-            prefill_worker=attempt.prefill or attempt.read_by or "",
-            decode_worker=attempt.decode,
-            placement=str(attempt.placement),
+            cached_tokens=0 if attempt is None else attempt.cached_tokens,
+            prefill_worker="" if attempt is None else attempt.prefill or attempt.read_by or "",
+            decode_worker="" if attempt is None else attempt.decode,
+            placement="" if attempt is None else str(attempt.placement),
         )
 
     def _tpot_s(self) -> float | None:

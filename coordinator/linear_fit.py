@@ -56,20 +56,23 @@ class LinearFit:
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Seconds per unit of each feature."""
-        if self._stale:
-            self._coefficients = self._solve()
-            self._stale = False
-        return self._coefficients
+        return self._solved() if self._stale else self._coefficients
 
     def predict(self, x: Sequence[float]) -> float:
-        return _dot(self.coefficients, x)
+        known = self._solved() if self._stale else self._coefficients
+        if len(x) == len(known) == 3:  # asked for dozens of times for one decision
+            return known[0] * x[0] + known[1] * x[1] + known[2] * x[2]
+        return _dot(known, x)
+
+    def _solved(self) -> tuple[float, ...]:
+        self._coefficients, self._stale = self._solve(), False
+        return self._coefficients
 
     def std(self, x: Sequence[float]) -> float:
         """Standard deviation of an observation about `predict(x)`: scatter so far, and what is unknown."""
         scaled = [p * v for p, v in zip(self._prior, x, strict=True)]
         if self._inverse is None:
-            normal, units = self._normal(), range(len(scaled))
-            self._inverse = [_solve(normal, [float(i == j) for j in units]) for i in units]
+            self._inverse = _inverse(self._normal())
         unknown = _dot(scaled, [_dot(row, scaled) for row in self._inverse]) * _NOISE**2
         return math.sqrt(self._variance * self.predict(x) ** 2 + unknown)
 
@@ -112,13 +115,17 @@ class LinearFit:
 
     def _solve(self) -> tuple[float, ...]:
         matrix, right = self._normal(), [value + _RIDGE for value in self._t]
+        self._inverse = _inverse(matrix)
+        found = [_dot(row, right) for row in self._inverse]
+        if min(found) >= 0:
+            return tuple(w * p for w, p in zip(found, self._prior, strict=True))
         kept = list(range(len(right)))
         while kept:
             w = _solve([[matrix[i][j] for j in kept] for i in kept], [right[i] for i in kept])
             worst = min(range(len(kept)), key=w.__getitem__)
             if w[worst] >= 0:
-                found = dict(zip(kept, w, strict=True))
-                return tuple(found.get(i, 0.0) * p for i, p in enumerate(self._prior))
+                of = dict(zip(kept, w, strict=True))
+                return tuple(of.get(i, 0.0) * p for i, p in enumerate(self._prior))
             del kept[worst]
         return self._prior
 
@@ -130,6 +137,24 @@ def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     if len(a) == len(b) == 2:
         return a[0] * b[0] + a[1] * b[1]
     return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _inverse(matrix: list[list[float]]) -> list[list[float]]:
+    """Of a symmetric and positive definite matrix."""
+    if len(matrix) != 3:
+        units = range(len(matrix))
+        return [_solve(matrix, [float(i == j) for j in units]) for i in units]
+    (a, b, c), (_, d, e), (_, _, f) = matrix
+    one, two, three = d * f - e * e, c * e - b * f, b * e - c * d
+    determinant = a * one + b * two + c * three
+    if determinant <= 1e-12 * a * d * f:  # too close to singular for this many digits
+        return [_solve(matrix, [float(i == j) for j in range(3)]) for i in range(3)]
+    four, five, six = a * f - c * c, b * c - a * e, a * d - b * b
+    return [
+        [one / determinant, two / determinant, three / determinant],
+        [two / determinant, four / determinant, five / determinant],
+        [three / determinant, five / determinant, six / determinant],
+    ]
 
 
 def _solve(matrix: list[list[float]], right: Sequence[float]) -> list[float]:

@@ -186,7 +186,7 @@ class Registry:
 
     def _submit(self, samples: tuple[NewRequest, ...], now: float) -> list[Action]:
         leader = samples[0]
-        decoders = self.fleet.of(leader.model, Role.DECODE)
+        decoders = self.fleet.pool(leader.model, Role.DECODE).first_up(1)
         if not decoders:
             self._book.no_decode_since.setdefault(leader.model, now)
         # The others wait for the first where its prefix, once cached, saves them reading the prompt again.
@@ -212,14 +212,15 @@ class Registry:
         self._order += 1
         record = RequestRecord(id=request.id, created=request.arrived, attempt=request.first_epoch)
         flight = Flight(request=request, record=record, order=self._order, submitted=now)
-        flight.story = self._book.stories.begin(
-            Story(
-                request=dataclasses.replace(request, tokens=[]),
-                prompt_tokens=len(request.tokens),
-                history=record.history,
-                legs=flight.legs,
+        if self._book.settings.explain_last:
+            flight.story = self._book.stories.begin(
+                Story(
+                    request=dataclasses.replace(request, tokens=[]),
+                    prompt_tokens=len(request.tokens),
+                    history=record.history,
+                    legs=flight.legs,
+                )
             )
-        )
         self._book.flights[request.id] = flight
         heapq.heappush(self._deadlines, (request.deadline, self._order, request.id))
         return flight

@@ -90,6 +90,11 @@ class Report:
         return _late(self.tpot_s, self.tpot_target_s)
 
 
+def exceeds(value: float | None, target: float | None) -> bool:
+    """Both are known, and the target is missed."""
+    return value is not None and target is not None and value > target
+
+
 def _late(value: float | None, target: float | None) -> float | None:
     return None if value is None or target is None else value - target
 

@@ -10,7 +10,7 @@ from typing import Final
 from coordinator.decisions import Candidate, Choice, Placement, Rejected
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.policies import Policy, make_policy, policy_class
-from coordinator.pool import WHOLE, Fits, Pool
+from coordinator.pool import SAMPLE, WHOLE, Fits, Pool
 from coordinator.routes import exposed_s, local_pays, local_route, remote_route
 from coordinator.sla import EVIDENCE, VIOLATION_WEIGHT, Forecast, Goal, decode_score, prefill_score
 from pdserve.core.config import LocalPrefill
@@ -111,19 +111,21 @@ class Router:
     def readers(self, fleet: Fleet, model: str) -> list[WorkerState]:
         """Who may read a prompt: prefill workers, and decode workers that do, or where there are no others.
 
-        Up to `WHOLE` of each, the least busy. Decode workers that answer with targets are left out, as what
-        they promised comes first; so are those of which too little is known, where there are others.
+        Up to `SAMPLE` of each where there are many, the least busy. Decode workers that answer with targets
+        are left out, as what they promised comes first; so are those of which too little is known, where
+        there are others.
         """
         prefills, decodes = fleet.pool(model, Role.PREFILL), fleet.pool(model, Role.DECODE)
         found: list[WorkerState] = []
         if self.local_prefill is not LocalPrefill.ALWAYS:
-            found = prefills.least(WHOLE, lambda w: w.takes_prompts())
+            found = prefills.least(SAMPLE, lambda w: w.takes_prompts())
         if not found:
-            return decodes.least(WHOLE, lambda w: w.takes_prompts())
+            return decodes.least(SAMPLE, lambda w: w.takes_prompts())
         if self.local_prefill is LocalPrefill.AUTO:
             found += decodes.least(
-                WHOLE,
-                lambda w: w.takes_decode() and w.latency.prefill.count >= EVIDENCE and w.tpot_targets[1] == 0,
+                SAMPLE,
+                lambda w: not w.has_tpot_targets and w.takes_decode() and w.latency.prefill.count >= EVIDENCE,
+                thorough=False,
             )
         return found
 

@@ -85,6 +85,8 @@ class Setup:
     timeout_s: float = 600.0
     heartbeat_s: float = 0.5
     failures: Failures = Failures()
+    explain_last: int = 0
+    """How many requests are remembered for who asks later."""
     planner: PlannerRules | None = None
     """Flips are made as it proposes them; None: the fleet stays as it is."""
 
@@ -127,6 +129,7 @@ class World:
             lease_s=30.0,
             transfer_deadline_s=30.0,
             admission=setup.admission,
+            explain_last=setup.explain_last,
         )
         self.registry: Final = Registry(settings, Router(setup.policy, setup.seed, setup.local_prefill))
         self.clock: Final = Clock(network_s=_NET_S)
