@@ -29,9 +29,9 @@ from kvtransfer.protocol import (
     TransferEvent,
 )
 from kvtransfer.service import TransferService
-from pdserve.core.config import TcpFallback, TransferBackendName, Verify
 from pdserve.core.ids import BlockId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
+from pdserve.core.transfer_settings import TcpFallback, TransferBackendName, Verify
 
 BLOCK_BYTES: Final = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 WAIT_S: Final = 60.0

@@ -14,9 +14,9 @@ from coordinator.fleet import WorkerState
 from coordinator.planner.control import PlannerControl
 from coordinator.planner.proposal import Proposal, change_in_words
 from coordinator.wire import status_of
-from pdserve.core.config import PlannerMode
 from pdserve.core.errors import InvalidRequest, PdServeError, RequestNotFound, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.operation_settings import PlannerMode
 from pdserve.core.proto.pdserve.v1 import admin_pb2 as pb
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Admin"].full_name

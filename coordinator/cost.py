@@ -12,9 +12,9 @@ from typing import Final
 
 from coordinator.account import Leg
 from coordinator.report import Report
-from pdserve.core.config import CostSettings
 from pdserve.core.errors import PdServeError
 from pdserve.core.messages import FinishReason, Role
+from pdserve.core.operation_settings import CostSettings
 
 _HOUR_S: Final = 3600.0
 _GIB: Final = 2.0**30

@@ -16,10 +16,10 @@ from coordinator.fleet import Fleet
 from coordinator.fleet_metrics import FleetCollector
 from coordinator.report import Report
 from pdserve.core import metric_catalog as catalog
-from pdserve.core.config import CostSettings
 from pdserve.core.errors import Overloaded, PdServeError
 from pdserve.core.lifecycle import Phase
 from pdserve.core.messages import FinishReason, Role
+from pdserve.core.operation_settings import CostSettings
 
 
 class Bounded:

@@ -34,10 +34,11 @@ from coordinator.router import Router
 from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
 from coordinator.tracing import RequestTracer, make_tracer
 from coordinator.workers import dial
-from pdserve.core.config import CoordinatorSettings, PlannerMode, ServeConfig
+from pdserve.core.config import CoordinatorSettings, ServeConfig
 from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound, ProtocolError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role, WorkerInfo
+from pdserve.core.operation_settings import PlannerMode
 from pdserve.core.sampling import SamplingLimits
 from pdserve.core.tls import dialling
 
@@ -170,6 +171,9 @@ class Coordinator:
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, let the others finish for `grace_s` seconds, end what is left, close."""
         running, self._running = self._running, None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if running is not None:
             await self._health.enter_graceful_shutdown()
             refusing = asyncio.create_task(running.server.stop(grace_s + 1.0))

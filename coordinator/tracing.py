@@ -36,10 +36,10 @@ from opentelemetry.util.types import AttributeValue
 from coordinator.account import Leg
 from coordinator.report import Report
 from pdserve import __version__
-from pdserve.core.config import TraceExporter, TracingSettings
 from pdserve.core.errors import ConfigError, PdServeError, RequestCancelled
 from pdserve.core.logs import about
 from pdserve.core.messages import FinishReason
+from pdserve.core.operation_settings import TraceExporter, TracingSettings
 
 log = logging.getLogger(__name__)
 

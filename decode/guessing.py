@@ -7,8 +7,8 @@ from typing import assert_never
 from decode.draft_model import DraftModel
 from decode.drafting import Drafter, PromptLookup
 from decode.speculation import Speculation
-from pdserve.core.config import SpeculativeMethod
 from pdserve.core.messages import Role
+from pdserve.core.speculative_settings import SpeculativeMethod
 from pdserve.worker.ports import EnginePort
 from pdserve.worker.running import load_draft_engine, longest_sequence
 from pdserve.worker.spec import WorkerSpec

@@ -8,10 +8,10 @@ from kvtransfer.fake import FakeBackend, Faults
 from kvtransfer.local import LocalBackend, LocalHub
 from kvtransfer.nixl import NixlBackend
 from kvtransfer.protocol import PoolRegion, TransferBackend
-from pdserve.core.config import TcpFallback, TransferBackendName
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
+from pdserve.core.transfer_settings import TcpFallback, TransferBackendName
 
 
 def make_backend(

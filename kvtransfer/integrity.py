@@ -21,9 +21,9 @@ from kvtransfer.digests import Digest, Digester, make_digester
 from kvtransfer.geometry import Route, Selection
 from kvtransfer.protocol import NoteArrived, PathInfo, PoolRegion, Push
 from kvtransfer.spans import require_blocks
-from pdserve.core.config import Verify
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import WorkerId
+from pdserve.core.transfer_settings import Verify
 
 log = logging.getLogger(__name__)
 

@@ -48,10 +48,10 @@ from kvtransfer.protocol import (
 )
 from kvtransfer.scratch import Scratch, require_shareable
 from kvtransfer.spans import require_blocks, require_push, require_regions
-from pdserve.core.config import TcpFallback
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
+from pdserve.core.transfer_settings import TcpFallback
 
 log = logging.getLogger(__name__)
 

@@ -44,10 +44,10 @@ from kvtransfer.protocol import (
 from kvtransfer.queues import FRAGMENT_BYTES, Fragment, PeerQueue, Sending, fragments
 from kvtransfer.spans import require_push
 from kvtransfer.waiting import Waiter, patience
-from pdserve.core.config import Verify
 from pdserve.core.errors import InvariantViolated, TransferError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
+from pdserve.core.transfer_settings import Verify
 
 log = logging.getLogger(__name__)
 

@@ -30,11 +30,13 @@ from pdserve.cluster.placement import Node, PlacementPlan, plan_placement
 from pdserve.cluster.ray_host import HostedModel, RayHost
 from pdserve.cluster.ray_session import RaySession, close_session, join_kept, open_session
 from pdserve.cluster.supervisor import Supervisor
-from pdserve.core.config import LogFormat, ModelEntry, ServeConfig, SpeculativeMethod
+from pdserve.core.config import ModelEntry, ServeConfig
 from pdserve.core.errors import ConfigError, PdServeError
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.core.logs import BackgroundLog, handler_of
+from pdserve.core.operation_settings import LogFormat
+from pdserve.core.speculative_settings import SpeculativeMethod
 from pdserve.models import store
 from pdserve.worker.hosting import Progress
 

@@ -16,9 +16,10 @@ from coordinator.metrics import Metrics
 from coordinator.planner.planner import LOCAL_SHARE, Planner, PlannerRules
 from coordinator.planner.proposal import Flip, Proposal, Standing
 from coordinator.report import Report
-from pdserve.core.config import CoordinatorSettings, LocalPrefill, PlannerMode, PlannerSettings
+from pdserve.core.config import CoordinatorSettings, LocalPrefill
 from pdserve.core.errors import PdServeError
 from pdserve.core.messages import FinishReason, Role
+from pdserve.core.operation_settings import PlannerMode, PlannerSettings
 
 log = logging.getLogger(__name__)
 

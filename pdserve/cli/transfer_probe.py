@@ -26,10 +26,10 @@ from kvtransfer.protocol import (
     TransferBackend,
     TransferEvent,
 )
-from pdserve.core.config import TransferBackendName
 from pdserve.core.errors import PdServeError, TransferError, TransferTimeout
 from pdserve.core.ids import BlockId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
+from pdserve.core.transfer_settings import TransferBackendName
 
 _SENDER: Final = WorkerId("doctor-sender")
 _RECEIVER: Final = WorkerId("doctor-receiver")

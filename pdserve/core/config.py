@@ -5,14 +5,12 @@ A snapshot test lists every knob. Derived values are fields of a `Resolved...` o
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -21,9 +19,12 @@ from pydantic import (
 )
 
 from pdserve.core.errors import ConfigError
+from pdserve.core.operation_settings import CostSettings, LoggingSettings, PlannerSettings, TracingSettings
 from pdserve.core.security_settings import SecuritySettings
-from pdserve.core.settings import Frozen, PositiveInt, Seconds
+from pdserve.core.settings import Frozen, PositiveInt, Seconds, off
 from pdserve.core.sla_settings import STANDARD_CLASSES, Classes, SlaClassSettings, TenantSettings
+from pdserve.core.speculative_settings import SpeculativeSettings
+from pdserve.core.transfer_settings import TransferSettings
 
 
 class DType(StrEnum):
@@ -57,28 +58,6 @@ class Admission(StrEnum):
     DEADLINE = "deadline"
     TTFT = "ttft"
     TARGETS = "targets"
-
-
-class TransferBackendName(StrEnum):
-    NIXL = "nixl"
-    LOCAL = "local"
-    FAKE = "fake"
-
-
-class TcpFallback(StrEnum):
-    """What to do when KV goes by TCP where a faster way was to be expected."""
-
-    ALLOW = "allow"
-    WARN = "warn"
-    REFUSE = "refuse"
-
-
-class Verify(StrEnum):
-    """Whether the bytes of each push are compared with what was sent."""
-
-    ON = "on"
-    OFF = "off"
-    AUTO = "auto"
 
 
 class ModelSettings(Frozen):
@@ -137,81 +116,6 @@ class DecodeSettings(Frozen):
     """Token budget of a step in which the worker also reads prompts itself."""
 
 
-def _on_or_off(value: object) -> object:
-    """YAML reads `on` and `off` as truth values."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def _off(value: object) -> object:
-    """YAML reads `off` as a truth value."""
-    return "off" if value is False else value
-
-
-class SpeculativeMethod(StrEnum):
-    """Who guesses tokens that a step then checks."""
-
-    OFF = "off"
-    NGRAM = "ngram"
-    DRAFT_MODEL = "draft_model"
-
-
-class SpeculativeSettings(Frozen):
-    method: Annotated[SpeculativeMethod, BeforeValidator(_off)] = SpeculativeMethod.OFF
-    """Decode workers check several guessed tokens in one step; the answers are those that they would give
-    without. ngram: what followed the same words earlier in prompt or answer. draft_model: a small model."""
-    num_speculative_tokens: PositiveInt = 5
-    """Guesses at one answer in one step at most."""
-    prompt_lookup_min: PositiveInt = 2
-    """ngram: the shortest run of tokens that must have occurred before."""
-    prompt_lookup_max: PositiveInt = 5
-    """ngram: the longest that is looked for."""
-    model: str | None = None
-    """draft_model: as `model.model`; must have the same vocabulary."""
-    memory_gib: Annotated[float, Field(gt=0)] = 0.5
-    """draft_model: its KV pool; a sequence that finds no room there is not guessed at."""
-    adaptive: bool = True
-    """Guess only where it pays, by the measured share of guesses that hold and the measured time of steps:
-    not at answers that are hard to guess, and not in large batches. false: always."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SpeculativeSettings:
-        if self.method is SpeculativeMethod.DRAFT_MODEL and self.model is None:
-            raise ValueError("method draft_model needs a model")
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ValueError("prompt_lookup_min is greater than prompt_lookup_max")
-        return self
-
-
-def _ucx_names(options: dict[str, str]) -> dict[str, str]:
-    """UCX passes over names it does not know, so the likely slips are caught here."""
-    for name in options:
-        if name.startswith("UCX_") or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
-            raise ValueError(f"{name!r}: UCX options are given in capitals and without UCX_, such as TLS")
-    return options
-
-
-class TransferSettings(Frozen):
-    backend: TransferBackendName = TransferBackendName.NIXL
-    """nixl moves between processes and machines; local and fake join workers of one process, for tests."""
-    layer_groups: PositiveInt = 4
-    """Layers are pushed in about this many groups per chunk, each while the next computes."""
-    deadline_s: Seconds = 30.0
-    """A push that is not terminal by then fails its attempt."""
-    lease_s: Seconds = 30.0
-    """Blocks reserved for a request are given back this long after the last sign of its prefill."""
-    verify: Annotated[Verify, BeforeValidator(_on_or_off)] = Verify.AUTO
-    """Compare a digest of what arrived with one of what was sent. auto: where that takes at most 2% of the
-    transfer's time: on links up to about 5 Gbit/s between CPUs, and between GPUs where a kernel can."""
-    max_inflight_mib: PositiveInt = 32
-    """Under way between two workers at most; more waits, and requests take turns."""
-    tcp_fallback: TcpFallback = TcpFallback.WARN
-    """For two workers of one host, or of two hosts with RDMA, whose KV would go by TCP all the same: say
-    nothing, say so loudly, or move no KV between these two."""
-    ucx: Annotated[dict[str, str], AfterValidator(_ucx_names)] = Field(default_factory=dict)
-    """UCX options without their prefix, such as `{TLS: tcp, NET_DEVICES: eth0}`; a UCX_* variable in a
-    worker's environment wins."""
-
-
 class CoordinatorSettings(Frozen):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
@@ -228,7 +132,7 @@ class CoordinatorSettings(Frozen):
     local_prefill: LocalPrefill = LocalPrefill.AUTO
     """Whether a decode worker reads a prompt itself although there are prefill workers. auto: where it is
     predicted to be cheaper, such as while prompts queue and the decode worker has little to do."""
-    admission: Annotated[Admission, BeforeValidator(_off)] = Admission.DEADLINE
+    admission: Annotated[Admission, BeforeValidator(off)] = Admission.DEADLINE
     """With policy sla: refuse at once, with RESOURCE_EXHAUSTED and when to come back, a request whose first
     token cannot come before its deadline (ttft: or its TTFT target), whoever serves it. targets: as ttft,
     and refuse one whose TPOT target nobody can meet, and let one wait that would make others miss theirs."""
@@ -312,86 +216,6 @@ class ClusterSettings(Frozen):
     linger_s: Annotated[float, Field(ge=0)] = 60.0
     """How long workers outlive a `pdserve serve` that was killed, so that the next one with the same settings
     takes them over without loading anything. 0: they end with it."""
-
-
-class LogFormat(StrEnum):
-    HUMAN = "human"
-    JSON = "json"
-
-
-class TraceExporter(StrEnum):
-    NONE = "none"
-    CONSOLE = "console"
-    FILE = "file"
-    OTLP_GRPC = "otlp_grpc"
-    OTLP_HTTP = "otlp_http"
-
-
-class LoggingSettings(Frozen):
-    format: LogFormat = LogFormat.HUMAN
-    """Of log files and of the terminal: json is one object per line, for log collectors."""
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of log files."""
-    requests: bool = True
-    """A line for each step of each request, with its id, on the coordinator and on its workers."""
-
-
-class TracingSettings(Frozen):
-    exporter: TraceExporter = TraceExporter.NONE
-    """Where spans go. The otlp exporters need `pip install pdserve[otel]`."""
-    endpoint: str | None = None
-    """Of an OTLP collector, such as http://localhost:4317; the exporter's own default when not given."""
-    file: str | None = None
-    """For exporter file: one span per line, as JSON."""
-    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of requests traced whose client sent no trace context; with one, the client has decided."""
-
-    @model_validator(mode="after")
-    def _has_file(self) -> Self:
-        if self.exporter is TraceExporter.FILE and self.file is None:
-            raise ValueError("exporter file needs tracing.file")
-        return self
-
-
-class PlannerMode(StrEnum):
-    """off: nothing is planned. advisory: proposals are shown. active: roles are changed as proposed."""
-
-    OFF = "off"
-    ADVISORY = "advisory"
-    ACTIVE = "active"
-
-
-class PlannerSettings(Frozen):
-    mode: Annotated[PlannerMode, BeforeValidator(_off)] = PlannerMode.ADVISORY
-    """off; advisory: propose how many workers of each role the load wants, see `pdserve plan`; active: also
-    change the roles of workers."""
-    budget_workers: PositiveInt | None = None
-    """Workers of a model at most, so that adding and removing some is proposed too (never done); nothing: as
-    many as there are."""
-    interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
-    """Between two plans, and what demand is counted in."""
-    dwell_s: Seconds = 60.0
-    """Between two changes at least."""
-    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.02
-    """Part of the requests that a change must bring in time, beyond its own uncertainty."""
-    season_s: Annotated[float, Field(ge=0)] = 0.0
-    """After which the load repeats, 86400 for a day; 0: it is not known to."""
-
-
-class CostSettings(Frozen):
-    currency: str = "USD"
-    """Name of the money that prices are in."""
-    device_hour: Annotated[float, Field(ge=0)] = 0.0
-    """Price of a GPU (of a core, for workers on CPUs) for an hour; 0: only time is counted."""
-    prefill_device_hour: Annotated[float, Field(ge=0)] | None = None
-    """Of prefill workers, where they run on other machines; device_hour by default."""
-    kv_gib_hour: Annotated[float, Field(ge=0)] = 0.0
-    """Price of a GiB of KV held on a decode worker for an hour, besides its device."""
-
-    @property
-    def prefill_hour(self) -> float:
-        """Price of a prefill worker's device for an hour."""
-        return self.device_hour if self.prefill_device_hour is None else self.prefill_device_hour
 
 
 class ModelEntry(ModelSettings):

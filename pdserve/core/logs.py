@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TextIO
 
-from pdserve.core.config import LogFormat, LoggingSettings
 from pdserve.core.ids import AttemptId, RequestId
+from pdserve.core.operation_settings import LogFormat, LoggingSettings
 
 OURS: Final = ("pdserve", "coordinator", "prefill", "decode", "kvtransfer", "pdkernels", "pdcpu")
 """Packages whose lines go to log files from the configured level on; others' do from warnings on."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from kvtransfer.factory import make_backend
 from kvtransfer.protocol import PoolRegion, TransferBackend
-from pdserve.core.config import TransferSettings
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
+from pdserve.core.transfer_settings import TransferSettings
 from pdserve.worker.ports import BackendFactory
 
 

@@ -15,7 +15,6 @@ from coordinator.fleet import Fleet, WorkerState
 from coordinator.metrics import Metrics
 from coordinator.report import Report
 from pdserve.core import metric_catalog as catalog
-from pdserve.core.config import CostSettings
 from pdserve.core.errors import Overload, Overloaded, RequestCancelled
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase
@@ -29,6 +28,7 @@ from pdserve.core.messages import (
     TransferDone,
 )
 from pdserve.core.metric_catalog import Kind, Source
+from pdserve.core.operation_settings import CostSettings
 from tests.support.model_workers import worker_info
 
 RID = RequestId("r1")

@@ -13,10 +13,10 @@ from opentelemetry.trace import StatusCode
 
 from coordinator import service
 from coordinator.tracing import RequestTracer, make_tracer
-from pdserve.core.config import TraceExporter, TracingSettings
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.messages import Role
+from pdserve.core.operation_settings import TraceExporter, TracingSettings
 from pdserve.core.proto.pdserve.v1 import generation_pb2 as pb
 from tests.support.deployment import deployed, scenario
 from tests.support.model_workers import ModelDecode

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.core.config import LogFormat, LoggingSettings
 from pdserve.core.ids import AttemptId, RequestId
 from pdserve.core.logs import BackgroundLog, about, handler_of, log_worker, redacted
+from pdserve.core.operation_settings import LogFormat, LoggingSettings
 
 ATTEMPT = AttemptId(RequestId("r-1"), 2)
 JSON = LoggingSettings(format=LogFormat.JSON)

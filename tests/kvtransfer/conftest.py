@@ -12,9 +12,9 @@ from kvtransfer.fake import Faults
 from kvtransfer.local import LocalHub
 from kvtransfer.queues import FRAGMENT_BYTES
 from kvtransfer.service import TransferService
-from pdserve.core.config import TcpFallback, TransferBackendName, Verify
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
+from pdserve.core.transfer_settings import TcpFallback, TransferBackendName, Verify
 from tests.support.transfer import Events, Node, NodeMaker, Pools, fingerprint
 
 

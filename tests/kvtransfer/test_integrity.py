@@ -18,10 +18,10 @@ from kvtransfer.fake import Faults
 from kvtransfer.geometry import plan_route
 from kvtransfer.integrity import Verifier, open_envelope, seal
 from kvtransfer.protocol import NoteArrived, Outcome, Path, PathInfo, Push
-from pdserve.core.config import TransferSettings, Verify
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import BlockId, WorkerId
 from pdserve.core.layout import Shard
+from pdserve.core.transfer_settings import TransferSettings, Verify
 from tests.support.transfer import FULL, LAYOUTS, Node, NodeMaker, Pools
 
 NUM_BLOCKS = 24

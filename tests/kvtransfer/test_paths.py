@@ -9,9 +9,9 @@ import pytest
 
 from kvtransfer.path import slow_path
 from kvtransfer.protocol import Outcome, Path
-from pdserve.core.config import TcpFallback, TransferSettings
 from pdserve.core.errors import TransferError
 from pdserve.core.ids import WorkerId
+from pdserve.core.transfer_settings import TcpFallback, TransferSettings
 from pdserve.worker.backends import configured_backend
 from tests.support.transfer import LAYOUTS, NodeMaker, Pools, fingerprint
 

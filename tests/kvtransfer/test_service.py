@@ -13,9 +13,9 @@ from kvtransfer.local import LocalBackend, LocalHub
 from kvtransfer.protocol import Outcome, PushEnded, TransferEvent
 from kvtransfer.service import TransferService
 from kvtransfer.waiting import Waiter
-from pdserve.core.config import TransferBackendName
 from pdserve.core.errors import ConfigError, TransferError
 from pdserve.core.ids import WorkerId
+from pdserve.core.transfer_settings import TransferBackendName
 from tests.support.transfer import FULL, LAYOUTS, Events, Node, NodeMaker, Pools, fingerprint
 
 

@@ -15,9 +15,10 @@ from coordinator.planner.proposal import Standing
 from coordinator.report import Report
 from coordinator.simulator.world import MODEL
 from pdserve.client.admin import plan
-from pdserve.core.config import CoordinatorSettings, LocalPrefill, PlannerMode, PlannerSettings
+from pdserve.core.config import CoordinatorSettings, LocalPrefill
 from pdserve.core.ids import RequestId
 from pdserve.core.messages import FinishReason, Role
+from pdserve.core.operation_settings import PlannerMode, PlannerSettings
 from tests.support.deployment import deployed, scenario
 from tests.support.planner_fleet import fleet_of
 from tests.support.registry_world import new_request

@@ -23,9 +23,9 @@ from typing import Any
 from kvtransfer.factory import make_backend
 from kvtransfer.protocol import Push, TransferEvent
 from kvtransfer.service import TransferService
-from pdserve.core.config import TransferBackendName
 from pdserve.core.ids import BlockId, WorkerId
 from pdserve.core.layout import CacheGroup, GroupLayout
+from pdserve.core.transfer_settings import TransferBackendName
 from tests.support.paths import REPO
 from tests.support.transfer import WAIT_S, Events, Pools, fingerprint
 

@@ -12,11 +12,12 @@ import pytest
 
 from kvtransfer.factory import make_backend
 from kvtransfer.protocol import PoolRegion, TransferBackend
-from pdserve.core.config import CacheSettings, DType, ModelSettings, TransferBackendName
+from pdserve.core.config import CacheSettings, DType, ModelSettings
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import Fingerprint
 from pdserve.core.messages import Role, TransferDone
 from pdserve.core.sampling import SamplingParams
+from pdserve.core.transfer_settings import TransferBackendName
 from pdserve.engine.build import Engine, build_engine
 from pdserve.worker.ports import BackendFactory
 from tests.support.driver import Driver
