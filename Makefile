@@ -37,7 +37,7 @@ chaos: $(STAMPS)/dev ## Kill, stop, drain and restart real processes under load;
 		tests/kvtransfer/test_nixl_processes.py tests/kvtransfer/test_integrity.py tests/kvtransfer/test_service.py
 
 sim: $(STAMPS)/dev ## Simulate whole clusters with faults, each from a seed; SEED=n replays one, SEEDS=m runs so many
-	@OMP_NUM_THREADS=1 PDSERVE_SIM_SEED=$(SEED) PDSERVE_SIM_SEEDS=$(or $(SEEDS),200) PDSERVE_SIM_ROUNDS=$(or $(ROUNDS),10) \
+	@OMP_NUM_THREADS=1 PDSERVE_SIM_SEED=$(SEED) PDSERVE_SIM_SEEDS=$(or $(SEEDS),200) PDSERVE_SIM_ROUNDS=$(or $(ROUNDS),20) \
 		$(BIN)/pytest -q tests/worker/test_simulation.py tests/worker/test_simulation_cluster.py
 
 check: $(STAMPS)/dev ## The whole gate: format, lint, types, layers

@@ -34,7 +34,7 @@ async def dial(
         if channel is not None:
             channel.abort()
         raise WorkerLost(address, str(error) or f"no introduction within {timeout_s:g} s") from error
-    except (ProtocolError, WorkerLost):
+    except BaseException:  # whatever it was, a cancellation too: nobody else knows of this connection
         if channel is not None:
             channel.abort()
         raise

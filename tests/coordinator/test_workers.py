@@ -51,6 +51,27 @@ async def test_somebody_who_does_not_introduce_himself_in_time_is_left(tmp_path:
 
 
 @scenario
+async def test_a_dial_that_is_cancelled_hangs_up(tmp_path: Path) -> None:
+    called, hung_up = asyncio.Event(), asyncio.Event()
+
+    async def converse(channel: Channel) -> None:
+        called.set()
+        while await channel.receive() is not None:
+            pass
+        hung_up.set()
+        await channel.close()
+
+    server, address = await listen(f"unix:{tmp_path}/silent.sock", converse)
+    dialling = asyncio.create_task(dial(address, sender="test"))
+    await called.wait()
+    dialling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await dialling
+    await hung_up.wait()
+    server.close()
+
+
+@scenario
 async def test_another_protocol_version_is_refused_with_both_numbers(tmp_path: Path) -> None:
     hello = Hello(protocol=99, sender="w")
     async with answering(tmp_path, hello, worker_info("w", Role.DECODE)) as address:

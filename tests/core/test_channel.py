@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,21 @@ def test_a_peer_that_speaks_something_else_is_a_protocol_error() -> None:
         server.close()
 
     asyncio.run(run())
+
+
+def test_a_peer_whose_host_is_gone_has_ended() -> None:
+    """What the kernel says once nothing has been confirmed for too long: ETIMEDOUT, EHOSTUNREACH."""
+
+    async def run(error: OSError) -> None:
+        server, client, worker = await _pair("tcp:127.0.0.1:0")
+        worker._reader.set_exception(error)
+        assert await worker.receive() is None
+        await client.close()
+        await worker.close()
+        server.close()
+
+    for number in (errno.ETIMEDOUT, errno.EHOSTUNREACH):
+        asyncio.run(run(OSError(number, "gone")))
 
 
 @pytest.mark.parametrize("address", ["", "http:x", "tcp:nohost", "tcp:h:port"])

@@ -58,6 +58,7 @@ from pdserve.worker.loop import Scheduler
 from tests.support.schedulers import make_scheduler
 
 BLOCK, LAYERS = 4, 4
+NUM_TURNS = 3000
 
 
 def seeds(first: int, count: int) -> list[int]:
@@ -425,7 +426,7 @@ class World:
 @pytest.mark.parametrize("seed", seeds(0, 25))
 def test_no_push_hits_a_foreign_block_and_every_block_comes_back(seed: int) -> None:
     world = World(seed)
-    for _ in range(4000):
+    for _ in range(NUM_TURNS):
         world.turn(calm=False)
     opened = [attempt for attempt in world.attempts.values() if attempt.open]
     world.settle_down()

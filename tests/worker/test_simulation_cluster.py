@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections import Counter
 
 import pytest
 
@@ -13,7 +12,7 @@ from tests.worker.test_simulation import seeds
 
 ROUNDS = int(os.environ.get("PDSERVE_SIM_ROUNDS", "1"))
 """A seed's first rounds are the same however many follow, so a failure of `make test` is found again."""
-TURNS = 300
+TURNS = 150
 
 
 @pytest.mark.parametrize("seed", seeds(1000, 200))
@@ -46,18 +45,25 @@ def test_one_seed_does_the_same_again() -> None:
     assert runs[0] == runs[1]
 
 
+FAULTS = {
+    *("killed", "stopped", "continued", "connection broken", "coordinator restarted", "drained"),
+    *("step failed", "push fails", "push fails halfway", "push fails after landing", "push is lost"),
+    *("push timed out", "cancelled", "cut off"),
+}
+
+
 def test_the_faults_that_are_drawn_all_happen() -> None:
-    """A simulation in which nothing goes wrong proves nothing."""
-    counts: Counter[str] = Counter()
-    for seed in range(16):
+    """A simulation in which nothing goes wrong proves nothing.
+
+    What a seed draws depends on all that came before: no fixed number of seeds is sure to hold every fault.
+    """
+    happened: set[str] = set()
+    for seed in range(200):
         cluster = SimulatedCluster(random.Random(seed))
         for _ in range(500):
             cluster.turn(faults=2.0)
         cluster.settle()
-        counts += cluster.counts
-    for fault in (
-        *("killed", "stopped", "continued", "connection broken", "coordinator restarted", "drained"),
-        *("step failed", "push fails", "push fails halfway", "push fails after landing", "push is lost"),
-        *("push timed out", "cancelled", "cut off"),
-    ):
-        assert counts[fault] > 0, fault
+        happened |= cluster.counts.keys()
+        if happened >= FAULTS:
+            return
+    raise AssertionError(f"never drawn: {FAULTS - happened}")
