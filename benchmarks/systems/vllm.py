@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from benchmarks.openai_http import CompletionsClient, HttpError, Json
 from benchmarks.peers import VLLM
 from benchmarks.processes import Command
-from benchmarks.system import Answer, Setup, System, free_port
+from benchmarks.system import Answer, System, free_port
 from benchmarks.workload import Prompt
 
 BODY: dict[str, Json] = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -25,7 +26,7 @@ class Vllm(System):
 
     async def start(self) -> None:
         port = free_port()
-        self.commands = [serve_command(self.setup, port=port, cores=self.setup.cores, log_of=self)]
+        self.commands = [self._command(port, self.setup.cores)]
         self.processes.spawn(self.commands[0])
         self._client = CompletionsClient(f"http://127.0.0.1:{port}")
         self.connections.push_async_callback(self._client.close)
@@ -45,8 +46,20 @@ class Vllm(System):
     def versions(self) -> dict[str, str]:
         return VLLM.versions(self.setup.venv_root)
 
+    def _command(self, port: int, cores: Sequence[int], role: str | None = None) -> Command:
+        setup = self.setup
+        return serve_command(
+            setup.model_dir,
+            port=port,
+            cores=cores,
+            role=role,
+            venv_root=setup.venv_root,
+            kv_gib=setup.kv_gib,
+            log=self.log("" if role is None else f"-{role}"),
+        )
 
-class VllmDisaggregated(System):
+
+class VllmDisaggregated(Vllm):
     """A producer on the first half of the cores, a consumer on the second, KV moved by NixlConnector.
 
     The benchmark sends each request to the producer and then to the consumer itself. In production a proxy
@@ -65,8 +78,8 @@ class VllmDisaggregated(System):
         half = max(1, len(cores) // 2)
         ports = (free_port(), free_port())
         self.commands = [
-            serve_command(self.setup, port=ports[0], cores=cores[:half], role="kv_producer", log_of=self),
-            serve_command(self.setup, port=ports[1], cores=cores[-half:], role="kv_consumer", log_of=self),
+            self._command(ports[0], cores[:half], "kv_producer"),
+            self._command(ports[1], cores[-half:], "kv_consumer"),
         ]
         for command in self.commands:
             self.processes.spawn(command)
@@ -94,24 +107,28 @@ class VllmDisaggregated(System):
         body |= {"max_tokens": output_tokens, "kv_transfer_params": handed_over, "stream_options": usage}
         return await self._consumer.stream(body, sent_s=sent_s)
 
-    def versions(self) -> dict[str, str]:
-        return VLLM.versions(self.setup.venv_root)
-
     async def _both_healthy(self) -> bool:
         return await self._producer.is_healthy() and await self._consumer.is_healthy()
 
 
 def serve_command(
-    setup: Setup, *, port: int, cores: Sequence[int], log_of: System, role: str | None = None
+    model_dir: Path,
+    *,
+    port: int,
+    cores: Sequence[int],
+    role: str | None = None,
+    venv_root: Path,
+    kv_gib: int,
+    log: Path,
 ) -> Command:
     """One vLLM instance bound to `cores`; with a role, one side of a NIXL pair."""
-    argv = [str(VLLM.path(setup.venv_root) / "bin" / "vllm"), "serve", str(setup.model_dir)]
+    argv = [str(VLLM.path(venv_root) / "bin" / "vllm"), "serve", str(model_dir)]
     argv += ["--served-model-name", "model", "--dtype", "bfloat16", "--max-model-len", "2048"]
     argv += ["--max-num-seqs", "32", "--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(port)]
     env = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(setup.kv_gib),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         # By default it leaves one core idle, which halves the speed of a small machine.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
     }
@@ -126,4 +143,4 @@ def serve_command(
         env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = "127.0.0.1"
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
         env["UCX_NET_DEVICES"] = "lo"
-    return Command(argv=tuple(argv), env=env, log=log_of.log("" if role is None else f"-{role}"))
+    return Command(argv=tuple(argv), env=env, log=log)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from pdserve.bench.drivers import Ask, Driver
+from pdserve.bench.asks import Ask, Driver, Role, Said
 from pdserve.bench.records import RequestRecord, Trial
 from pdserve.bench.workload import Session, Workload
 from pdserve.core.errors import PdServeError
@@ -89,10 +89,10 @@ class _Player:
         self.records: list[RequestRecord] = []
 
     async def play(self, session: Session) -> None:
-        said: list[int] = []
+        said: list[Said] = []
         intended_s = session.at_s
         for number, turn in enumerate(session.turns):
-            said += turn.new_tokens
+            said = [*said, Said(role=Role.USER, token_ids=turn.new_tokens)]
             record = RequestRecord(
                 system=self._system,
                 rate=self._rate,
@@ -108,12 +108,11 @@ class _Player:
             self.records.append(record)
             await self._sleep_until(intended_s, record)
             answer = await self._ask(
-                record, Ask(token_ids=said, output_tokens=turn.output_tokens, priority=session.priority)
+                record, Ask(turns=said, output_tokens=turn.output_tokens, priority=session.priority)
             )
             if not record.ok or record.done_s is None or number + 1 == len(session.turns):
                 return
-            # What the model said, or as much text where the server does not tell its tokens.
-            said = said + (answer or said[: record.output_tokens])
+            said.append(answer)
             intended_s = record.done_s + session.turns[number + 1].think_s
 
     async def _sleep_until(self, intended_s: float, record: RequestRecord) -> None:
@@ -126,9 +125,10 @@ class _Player:
                 record.error = "cut"
             raise
 
-    async def _ask(self, record: RequestRecord, ask: Ask) -> list[int]:
-        """Fills in `record`; returns the answer's token ids where known."""
-        progress, ids = self._progress, list[int]()
+    async def _ask(self, record: RequestRecord, ask: Ask) -> Said:
+        """Fills in `record`; returns what the model said."""
+        progress, ids, texts = self._progress, list[int](), list[str]()
+        num_asked = sum(len(said.token_ids) for said in ask.turns)
         record.sent_s = self._now()
         progress.num_sent += 1
         self._watch(progress)
@@ -139,11 +139,12 @@ class _Player:
                         record.token_times_s.append(self._now())
                         record.token_counts.append(piece.num_tokens)
                         ids += piece.token_ids
+                        texts.append(piece.text)
                     if piece.timings is not None:
                         record.timings = piece.timings
                     if piece.done:
                         record.done_s = self._now()
-                        record.prompt_tokens = piece.prompt_tokens or len(ask.token_ids)
+                        record.prompt_tokens = piece.prompt_tokens or num_asked
                         record.cached_tokens = piece.cached_tokens
                         record.output_tokens = piece.output_tokens or sum(record.token_counts)
         except asyncio.CancelledError:
@@ -159,7 +160,9 @@ class _Player:
         progress.num_failed += not record.ok
         progress.num_met += record.met
         self._watch(progress)
-        return ids
+        # As much of what was asked stands in where the server does not tell its tokens.
+        stand_in = ask.turns[0].token_ids[: record.output_tokens]
+        return Said(role=Role.ASSISTANT, token_ids=tuple(ids) or stand_in, text="".join(texts))
 
     def _now(self) -> float:
         return self._clock() - self._zero

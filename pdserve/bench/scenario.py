@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from pdserve.bench.arrivals import Arrivals
 from pdserve.bench.distributions import Frozen, LengthKind, Lengths
@@ -19,6 +19,11 @@ from pdserve.core.errors import ConfigError
 class Protocol(StrEnum):
     GRPC = "grpc"
     OPENAI = "openai"
+
+
+class Endpoint(StrEnum):
+    COMPLETIONS = "completions"
+    CHAT = "chat"
 
 
 class Sessions(Frozen):
@@ -70,39 +75,57 @@ class Replay(Frozen):
 
 
 class SystemSpec(Frozen):
-    """A server to measure: one that is running (`address`), or a pdserve to start."""
+    """A server to measure: one that is running (`address`), one to start (`command`), or a pdserve."""
 
     name: str
     address: str | None = None
-    """host:port of gRPC, or the http:// address before /v1 of an OpenAI-compatible server."""
+    """host:port of gRPC (grpcs://host:port: TLS), or the http:// address of an OpenAI-compatible server."""
     protocol: Protocol = Protocol.GRPC
+    endpoint: Endpoint = Endpoint.COMPLETIONS
+    """OpenAI: /v1/completions with token ids, or /v1/chat/completions with made-up words."""
+    prefill_address: str | None = None
+    """OpenAI: the prefill instance of a vLLM pair. Each request goes there first, as vLLM's proxy does it."""
+    command: tuple[str, ...] = ()
+    """What starts the server at `address`; it is told to stop (SIGTERM) when the run ends."""
+    freeze: bool = False
+    """Its processes are stopped (SIGSTOP) while others have their turn. Not for servers that watch the clock
+    of their own parts, as pdserve does."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
     model: str | None = None
     """What to ask for, or (without address) to serve."""
     prefill: int = Field(default=1, ge=0)
     decode: int = Field(default=1, ge=1)
     settings: tuple[str, ...] = ()
     """`section.key=value` for `pdserve serve --set`."""
-    api_key: str | None = None
+    api_key: str | None = Field(default=None, repr=False)
+    """In no report. Better than in a file: `--api-key` and `--endpoint-api-key`."""
+    ca_file: Path | None = None
+    """TLS: the authority (PEM) of its certificate, if the system does not know it."""
     text_prompts: bool = False
-    """OpenAI: send words, not token ids."""
+    """OpenAI completions: send words, not token ids."""
     vocab_size: int = Field(default=32000, ge=64)
     """OpenAI: prompts are made of token ids below this. (gRPC servers say it themselves.)"""
-    extra_body: Mapping[str, str | int | float | bool] = Field(default={"ignore_eos": True})
+    extra_body: Mapping[str, JsonValue] = Field(default={"ignore_eos": True})
     """OpenAI: more fields of every request. Without ignore_eos answers have the length the model wants."""
     units: float | None = Field(default=None, gt=0)
-    """How many cores or GPUs it has; of a pdserve started here: the cores of this machine."""
+    """How many cores or GPUs it has; of one started here: the cores of this machine."""
     unit: str = "core"
     price_per_unit_hour: float | None = Field(default=None, gt=0)
     """What one of them costs, in any currency."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.address is None and self.protocol is not Protocol.GRPC:
-            raise ValueError(
-                f"system {self.name}: only pdserve can be started here; give the server's address"
-            )
-        if self.protocol is Protocol.OPENAI and not (self.address or "").startswith(("http://", "https://")):
+        is_http = (self.address or "").startswith(("http://", "https://"))
+        if self.address is None and (self.protocol is not Protocol.GRPC or self.command):
+            raise ValueError(f"system {self.name}: give the address it is at")
+        if self.protocol is Protocol.OPENAI and not is_http:
             raise ValueError(f"system {self.name}: an OpenAI address begins with http:// or https://")
+        if self.protocol is not Protocol.OPENAI and (
+            self.prefill_address or "endpoint" in self.model_fields_set
+        ):
+            raise ValueError(f"system {self.name}: endpoint and prefill_address are of protocol openai")
+        if self.freeze and not self.command:
+            raise ValueError(f"system {self.name}: only what is started by a command here can be frozen")
         return self
 
 
@@ -188,3 +211,16 @@ def parse_scenario(raw: object, where: str) -> Scenario:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ConfigError(f"scenario {where}: {key + ': ' if key else ''}{first['msg']}") from error
+
+
+def with_endpoint_key(scenario: Scenario, key: str | None) -> Scenario:
+    """The key for OpenAI systems that have none of their own. It goes to none of the others."""
+    if key is None:
+        return scenario
+    systems = tuple(
+        one.model_copy(update={"api_key": key})
+        if one.protocol is Protocol.OPENAI and one.api_key is None
+        else one
+        for one in scenario.systems
+    )
+    return scenario.model_copy(update={"systems": systems})

@@ -18,6 +18,7 @@ from pdserve.bench.search import Goodput, GoodputSearch, Point
 from pdserve.bench.servers import Server, serving
 from pdserve.bench.traces import TraceRow, read_trace
 from pdserve.bench.workload import ServerLimits, build_workload
+from pdserve.client import Access
 from pdserve.core.errors import PdServeError
 
 COMMON_ROUND: Final = 1_000_000
@@ -77,9 +78,12 @@ class Run:
         return [trial for trial in self.trials if trial.rate == highest]
 
 
-async def run_suite(scenario: Scenario, out: Path, observer: Observer) -> Run:
+async def run_suite(
+    scenario: Scenario, out: Path, observer: Observer, *, access: Access | None = None
+) -> Run:
     """Start what must be started, measure, stop it. A system that fails is left out from then on.
 
+    access: key and certificates for gRPC servers that were running.
     Raises a `PdServeError` when a server cannot be reached or started, or the trace cannot be read.
     """
     began_s = time.perf_counter()
@@ -88,8 +92,11 @@ async def run_suite(scenario: Scenario, out: Path, observer: Observer) -> Run:
     async with contextlib.AsyncExitStack() as stack:
         servers = []
         for spec in scenario.systems:
-            observer.say(f"{'connecting to' if spec.address else 'starting'} {spec.name}")
-            servers.append(await stack.enter_async_context(serving(spec, out / "logs")))
+            starts = spec.command or not spec.address
+            observer.say(f"{'starting' if starts else 'connecting to'} {spec.name}")
+            server = await stack.enter_async_context(serving(spec, out / "logs", access))
+            server.freeze()
+            servers.append(server)
         run.systems = [_describe(server) for server in servers]
         measurement = _Measurement(run, servers, trace, observer)
         await measurement.warm_up()
@@ -185,20 +192,24 @@ class _Measurement:
         name = server.spec.name
         workload = build_workload(scenario, rate, round, self._limits, trace=self._trace, salt=self._salt)
         self._observer.trial_began(name, rate, sum(len(s.turns) for s in workload.sessions))
-        trial = await run_trial(
-            server.driver,
-            workload,
-            system=name,
-            rate=rate,
-            round=round,
-            drain_s=scenario.drain_s,
-            started_s=time.perf_counter() - self._began_s,
-            watch=lambda progress: self._observer.progressed(name, progress),
-        )
+        server.thaw()
+        try:
+            trial = await run_trial(
+                server.driver,
+                workload,
+                system=name,
+                rate=rate,
+                round=round,
+                drain_s=scenario.drain_s,
+                started_s=time.perf_counter() - self._began_s,
+                watch=lambda progress: self._observer.progressed(name, progress),
+            )
+            gone = await self._why_gone(server, trial)
+        finally:
+            server.freeze()
         if keep:
             self._run.trials.append(trial)
             self._observer.trial_ended(trial)
-        gone = await self._why_gone(server, trial)
         if gone:
             self._observer.say(f"{name} failed: {gone}")
             self._servers.remove(server)
@@ -229,12 +240,13 @@ class _Measurement:
 
 
 def _describe(server: Server) -> SystemResult:
-    spec, started = server.spec, bool(server.command)
+    spec, started = server.spec, server.spec.address is None
     return SystemResult(
         name=spec.name,
         prefill=spec.prefill if started else None,
         decode=spec.decode if started else None,
-        command=("pdserve", *server.command[3:]) if started else (),  # without this machine's paths
+        # Without this machine's paths.
+        command=("pdserve", *server.command[3:]) if started else server.command,
         address=server.address,
         units=server.units,
         unit=spec.unit,

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pdserve.cli.access import access
 from pdserve.cli.console import ERR, OUT
 from pdserve.core.errors import ConfigError
 
@@ -29,6 +30,7 @@ bench_app = typer.Typer(
 )
 
 DEFAULT_OUT: Final = Path("out/sla")
+_CHAT: Final = "/chat/completions"
 _ON_TERMINAL: Final = 2
 """Tables that are printed; the page has all."""
 
@@ -44,7 +46,8 @@ def bench(
         typer.Option(
             "--address",
             "-a",
-            help="Measure this server instead: host:port (gRPC), http://host:port (OpenAI); may be repeated.",
+            help="Measure this server instead: host:port or grpcs://host:port (gRPC), http://host:port "
+            "(OpenAI completions), http://host:port/v1/chat/completions (chat); may be repeated.",
         ),
     ] = None,
     model: Annotated[
@@ -61,6 +64,18 @@ def bench(
     ] = None,
     goal: Annotated[float | None, typer.Option(help="Part of requests inside targets to search for.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed sends the same requests.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Replay this trace (Azure .csv, Mooncake .jsonl).", metavar="FILE")
+    ] = None,
+    endpoint_api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PDSERVE_ENDPOINT_API_KEY",
+            help="Key for OpenAI endpoints. Keys and certificates for gRPC servers go before the command: "
+            "pdserve --api-key KEY bench ...",
+            metavar="KEY",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = DEFAULT_OUT,
     png: Annotated[bool, typer.Option(help="PNG files of the plots too, with matplotlib.")] = True,
 ) -> None:
@@ -72,11 +87,12 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     # Here, not at the top: numpy and gRPC take time to import, which `--help` should not.
-    from pdserve.bench.scenario import Scenario, load_scenario, parse_scenario
+    from pdserve.bench.scenario import Scenario, load_scenario, parse_scenario, with_endpoint_key
 
     base = Scenario() if scenario is None else load_scenario(scenario)
     changes = {
         "systems": _systems(address, model, base),
+        "replay": _replay(trace, base),
         "rates": _rates(rates),
         "rounds": rounds,
         "duration_s": duration,
@@ -87,7 +103,7 @@ def bench(
     chosen = parse_scenario(
         _given(base.model_dump(exclude_unset=True), **changes), str(scenario or "options")
     )
-    run = _run(chosen, out, png=png)
+    run = _run(with_endpoint_key(chosen, endpoint_api_key), out, png=png)
     if any(system.failed for system in run.systems):
         raise typer.Exit(1)
 
@@ -154,7 +170,7 @@ def _run(scenario: Scenario, out: Path, *, png: bool) -> Run:
             # As Ctrl-C: what was started is stopped.
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with Display() as display:
-            return await run_suite(scenario, out, display)
+            return await run_suite(scenario, out, display, access=access())
 
     try:
         run = asyncio.run(main())
@@ -236,8 +252,18 @@ def _systems(addresses: list[str] | None, model: str | None, base: Scenario) -> 
 
 
 def _system(address: str, model: str | None) -> dict[str, Any]:
-    protocol = "openai" if address.startswith(("http://", "https://")) else "grpc"
-    return {"name": address, "address": address, "protocol": protocol, "model": model}
+    if not address.startswith(("http://", "https://")):
+        return {"name": address, "address": address, "model": model}
+    base = address.rstrip("/").removesuffix(_CHAT)
+    endpoint = "chat" if base != address.rstrip("/") else "completions"
+    return {"name": address, "address": base, "protocol": "openai", "endpoint": endpoint, "model": model}
+
+
+def _replay(trace: Path | None, base: Scenario) -> dict[str, Any] | None:
+    if trace is None:
+        return None
+    kept = {} if base.replay is None else base.replay.model_dump(exclude_unset=True)
+    return kept | {"path": trace}
 
 
 def _classes(base: Scenario, slo: str | None) -> list[dict[str, Any]] | None:

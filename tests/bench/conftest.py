@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -27,6 +28,7 @@ class FakeService(generation_pb2_grpc.GenerationServicer):
     def __init__(self) -> None:
         self.gate: Gate = _open
         self.prompts: list[list[int]] = []
+        self.keys: list[str] = []
         self.refuse: grpc.StatusCode | None = None
 
     async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:
@@ -38,6 +40,8 @@ class FakeService(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[pb.GenerateDelta]:
         prompt = list(request.token_ids.ids)
         self.prompts.append(prompt)
+        sent = dict(context.invocation_metadata() or ())
+        self.keys.append(str(sent.get("authorization", "")))
         if self.refuse is not None:
             await context.abort(self.refuse, "no")
         await self.gate()
@@ -69,28 +73,58 @@ async def grpc_server(service: FakeService) -> AsyncIterator[str]:
 
 
 class FakeOpenAi:
+    """A word is three tokens to it, and a chat template nine more."""
+
     def __init__(self) -> None:
         self.gate: Gate = _open
-        self.bodies: list[dict[str, object]] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str] = []
         self.status = 200
+        self.has_models = True
+        self.is_prefill = False
+        self.handed_over: dict[str, int] | None = {"block": 7}
+        self.tokens_per_message = 1
 
     async def models(self, request: web.Request) -> web.Response:
+        if not self.has_models:
+            return web.Response(status=404)
         return web.json_response({"data": [{"id": "fake", "max_model_len": 256}]})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.keys.append(request.headers.get("Authorization", ""))
         if self.status != 200:
             return web.Response(status=self.status, text="too much")
         await self.gate()
+        if self.is_prefill:
+            return web.json_response({"choices": [{"text": "x"}], "kv_transfer_params": self.handed_over})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        for _ in range(body["max_tokens"]):
-            await _send(response, {"choices": [{"text": "x"}]})
-        usage = {"prompt_tokens": 7, "completion_tokens": body["max_tokens"]}
+        prompt_tokens, written, wanted = _prompt_tokens(body), 0, body["max_tokens"]
+        if "messages" in body:
+            await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        while written < wanted:
+            count = min(self.tokens_per_message, wanted - written)
+            written += count
+            text = " x" * count
+            event: dict[str, Any] = {"choices": [{"text": text}]}
+            if "messages" in body:
+                event = {"choices": [{"delta": {"content": text}}]}
+            if body["stream_options"].get("continuous_usage_stats"):
+                event["usage"] = {"prompt_tokens": prompt_tokens, "completion_tokens": written}
+            await _send(response, event)
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": wanted}
         await _send(response, {"choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+def _prompt_tokens(body: dict[str, Any]) -> int:
+    if "messages" in body:
+        return 9 + sum(3 * len(message["content"].split()) for message in body["messages"])
+    prompt = body["prompt"]
+    return 3 * len(prompt.split()) if isinstance(prompt, str) else len(prompt)
 
 
 async def _send(response: web.StreamResponse, event: dict[str, object]) -> None:
@@ -102,6 +136,7 @@ async def openai_server(fake: FakeOpenAi) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get("/v1/models", fake.models)
     app.router.add_post("/v1/completions", fake.completions)
+    app.router.add_post("/v1/chat/completions", fake.completions)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -135,6 +170,12 @@ def fake_grpc() -> tuple[FakeService, Callable[..., contextlib.AbstractAsyncCont
 
 @pytest.fixture
 def fake_openai() -> tuple[FakeOpenAi, Callable[..., contextlib.AbstractAsyncContextManager[str]]]:
+    fake = FakeOpenAi()
+    return fake, lambda: openai_server(fake)
+
+
+@pytest.fixture
+def another_openai() -> tuple[FakeOpenAi, Callable[..., contextlib.AbstractAsyncContextManager[str]]]:
     fake = FakeOpenAi()
     return fake, lambda: openai_server(fake)
 

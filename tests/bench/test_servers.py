@@ -1,17 +1,20 @@
-"""pdserve services that a run starts: asked, measured, and ended."""
+"""Servers that a run starts: asked, measured, frozen and ended."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from pdserve.bench.scenario import Scenario, SystemSpec
+from pdserve.bench.scenario import Protocol, Scenario, SystemSpec
 from pdserve.bench.servers import serve_command, serving
 from pdserve.bench.suite import run_suite
-from pdserve.core.errors import WorkerLost
+from pdserve.core.errors import ConfigError, WorkerLost
 from tests.support.whole_cluster import make_tiny_checkpoint
 
 
@@ -38,6 +41,83 @@ def test_a_service_that_does_not_start_says_why(tmp_path: Path) -> None:
 
     with pytest.raises(WorkerLost, match="/no/such/model"):
         asyncio.run(main())
+
+
+SERVER = """
+import http.server, json, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+class Models(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"data": [{"id": "m", "child": child.pid}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Models).serve_forever()
+"""
+
+
+def commanded(port: int, *command: str) -> SystemSpec:
+    return SystemSpec(
+        name="theirs",
+        command=(sys.executable, "-c", *command),
+        address=f"http://127.0.0.1:{port}",
+        protocol=Protocol.OPENAI,
+        freeze=True,
+    )
+
+
+def test_a_server_of_a_command_is_frozen_with_all_below_it_and_ended_in_the_end(tmp_path: Path) -> None:
+    port = _free_port()
+
+    async def main() -> list[psutil.Process]:
+        async with serving(commanded(port, SERVER, str(port)), tmp_path) as server:
+            assert server.limits.max_model_len > 0
+            assert server.process is not None
+            root = psutil.Process(server.process.pid)
+            members = [root, *root.children(recursive=True)]
+            assert len(members) == 2
+            server.freeze()
+            await _until(lambda: [m.status() for m in members] == [psutil.STATUS_STOPPED] * 2)
+            server.thaw()
+            await _until(lambda: psutil.STATUS_STOPPED not in [m.status() for m in members])
+            server.freeze()  # it must end all the same
+            return members
+
+    _, alive = psutil.wait_procs(asyncio.run(main()), timeout=10)
+    assert not alive
+
+
+def test_what_is_at_the_port_already_is_not_measured_in_its_place(tmp_path: Path) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            async with serving(commanded(taken.getsockname()[1], "pass"), tmp_path):
+                raise AssertionError("it started")
+
+    with pytest.raises(ConfigError, match="already"):
+        asyncio.run(main())
+
+
+def test_a_command_that_ends_says_its_last_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(commanded(_free_port(), "raise SystemExit('no such thing')"), tmp_path):
+            raise AssertionError("it started")
+
+    with pytest.raises(WorkerLost, match=r"theirs.*no such thing"):
+        asyncio.run(main())
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    """The kernel tells nobody but the parent when a process has stopped."""
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110  # nothing to wait for
+            await asyncio.sleep(0.01)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.ray
