@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
-import click
 import typer
 
 from pdserve.client import Access
+from pdserve.client.channel import OPEN_ACCESS
 
-_PANEL = "Reaching a service that is secured"
+_PANEL: Final = "Reaching a service that is secured"
 
 ApiKey = Annotated[
     str | None,
@@ -42,8 +43,14 @@ TlsKey = Annotated[
 ]
 
 
+_SAID: Final[ContextVar[Access]] = ContextVar("access", default=OPEN_ACCESS)
+
+
+def remember(said: Access) -> None:
+    """Called with the options before a command, before it runs."""
+    _SAID.set(said)
+
+
 def access() -> Access:
     """What the options before the running command say."""
-    context = click.get_current_context(silent=True)
-    said = None if context is None else context.find_root().obj
-    return said if isinstance(said, Access) else Access()
+    return _SAID.get()

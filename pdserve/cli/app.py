@@ -14,7 +14,7 @@ import typer
 from rich.logging import RichHandler
 
 from pdserve import __version__
-from pdserve.cli.access import ApiKey, TlsCa, TlsCert, TlsKey
+from pdserve.cli.access import ApiKey, TlsCa, TlsCert, TlsKey, remember
 from pdserve.cli.bench import bench_app
 from pdserve.cli.configuration import config_app
 from pdserve.cli.console import ERR, fail
@@ -76,7 +76,6 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    context: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")
     ] = False,
@@ -88,7 +87,7 @@ def _options(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
 ) -> None:
-    context.obj = Access(api_key=api_key, ca_file=tls_ca, cert_file=tls_cert, key_file=tls_key)
+    remember(Access(api_key=api_key, ca_file=tls_ca, cert_file=tls_cert, key_file=tls_key))
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(name)s: %(message)s" if verbose else "%(message)s",

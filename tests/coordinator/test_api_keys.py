@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import grpc
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
 from coordinator.keys import ApiKeys, Scope, new_key
+from pdserve.cli.app import app
 from pdserve.client import Access, AsyncClient
 from pdserve.client.admin import explain, undrain
 from pdserve.core.errors import (
@@ -59,8 +62,6 @@ async def test_probes_need_no_key(tmp_path: Path) -> None:
 
 @scenario
 async def test_a_key_does_what_its_scopes_say_and_no_more(tmp_path: Path) -> None:
-    import asyncio
-
     async with deployed(tmp_path, keys=TEXT, access=access("watcher")) as system:
         with pytest.raises(PermissionDenied, match="watcher has no scope generate"):
             await system.client.generate("hello")
@@ -71,6 +72,19 @@ async def test_a_key_does_what_its_scopes_say_and_no_more(tmp_path: Path) -> Non
                 await asyncio.to_thread(undrain, system.address, "decode-0", access=access(name))
         with pytest.raises(InvalidRequest, match="no-such"):
             await asyncio.to_thread(undrain, system.address, "no-such", access=access("boss"))
+
+
+@scenario
+async def test_commands_send_the_key_that_is_given_before_them(tmp_path: Path) -> None:
+    async with deployed(tmp_path, keys=TEXT) as system:
+
+        def undrain_as(*options: str) -> BaseException | None:
+            command = [*options, "undrain", "no-such", "--address", system.address]
+            return CliRunner().invoke(app, command, env={"PDSERVE_API_KEY": None}).exception
+
+        assert isinstance(await asyncio.to_thread(undrain_as), Unauthenticated)
+        allowed = await asyncio.to_thread(undrain_as, "--api-key", KEYS["boss"][0])
+        assert isinstance(allowed, InvalidRequest)
 
 
 @scenario
