@@ -19,11 +19,13 @@ from pdkernels.activation import silu_mul
 from pdkernels.blocks import gather_blocks, scatter_blocks
 from pdkernels.decode_attention import DecodeWork, decode_attention
 from pdkernels.digest import digest_pieces
+from pdkernels.fp8_matmul import Fp8Matrix, fp8_matmul
 from pdkernels.grouped_matmul import ExpertTiles, grouped_matmul, launch_config
 from pdkernels.norm import add_rms_norm, rms_norm
 from pdkernels.prefill_attention import PrefillWork, prefill_attention
 from pdkernels.rope import QKNorm, rope_and_write
 from pdkernels.sampling import Adjustments, DrawParams, adjust_logits, sample
+from pdkernels.w4a16 import W4Weight, w4_half, w4_matmul
 
 BF16: Final = torch.bfloat16
 FP16: Final = torch.float16
@@ -75,6 +77,7 @@ def cases() -> Iterator[Case]:
         for tokens in (64, 256, 4096) if dtype is BF16 else (64,):
             name = f"8 experts of 14336x4096, {tokens} tokens, {_short(dtype)}"
             yield Case(name, partial(_experts, tokens, dtype), tokens == 64)
+    yield from _quantised()
     for index, heads in enumerate(GEOMETRIES):
         quick = index in (0, 2, 6)
         yield Case(f"decode, {heads}", partial(_decode, heads), quick)
@@ -112,6 +115,45 @@ def _experts(tokens: int, dtype: torch.dtype) -> None:
         _meta(8, 28672, 4096, dtype=dtype),
         ExpertTiles(order_N=_index(2 * tokens), expert_L=tiles, first_L=tiles, end_L=tiles, block_m=block_m),
     )
+
+
+def _quantised() -> Iterator[Case]:
+    for tokens, outputs, dtype in ((1, 512, BF16), (16, 28672, BF16), (32, 28672, FP16), (512, 28672, BF16)):
+        shape = f"{outputs}x4096, {tokens} tokens, {_short(dtype)}"
+        for group, zeros in ((128, True), (128, False), (32, True)):
+            name = f"{shape}, groups of {group}" + ("" if zeros else ", no zero points")
+            quick = group == 128 and zeros and tokens in (1, 512)
+            yield Case(name, partial(_w4, tokens, outputs, group, zeros, dtype), quick)
+        for tall, wide in ((128, 128), (1, 4096)):
+            name = f"{shape}, " + ("blocks of 128x128" if tall > 1 else "a scale per output")
+            yield Case(
+                name, partial(_fp8, tokens, outputs, tall, wide, dtype), tall > 1 and tokens in (1, 512)
+            )
+    yield Case("512x4096, 16 tokens, fp32, groups of 128", partial(_w4, 16, 512, 128, True, FP32), False)
+    yield Case("512x4096, 16 tokens, fp32, blocks", partial(_fp8, 16, 512, 128, 128, FP32), False)
+
+
+def _w4(tokens: int, outputs: int, group: int, zeros: bool, dtype: torch.dtype) -> None:
+    groups, half = 4096 // group, w4_half(4096, 4096 // group) or 0
+    weight = W4Weight(
+        packed_JOH=_meta(4096 // (2 * half), outputs, half, dtype=torch.uint8),
+        zeros_GO=_meta(groups, outputs, dtype=torch.uint8) if zeros else None,
+        zero=8,
+        scales_GO=_meta(groups, outputs, dtype=FP16),
+        inputs=4096,
+        group=group,
+    )
+    w4_matmul(_meta(tokens, 4096, dtype=dtype), weight)
+
+
+def _fp8(tokens: int, outputs: int, tall: int, wide: int, dtype: torch.dtype) -> None:
+    weight = Fp8Matrix(
+        codes_OI=_meta(outputs, 4096, dtype=torch.float8_e4m3fn),
+        scales_RK=_meta(outputs // tall, 4096 // wide, dtype=FP32),
+        tall=tall,
+        wide=wide,
+    )
+    fp8_matmul(_meta(tokens, 4096, dtype=dtype), weight)
 
 
 def _draw_params(rows: int) -> DrawParams:

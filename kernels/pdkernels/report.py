@@ -32,12 +32,15 @@ from pdkernels import (
     compile_cases,
     decode_attention,
     digest,
+    fp8_matmul,
     grouped_matmul,
     norm,
     prefill_attention,
     rope,
     sampling,
+    split_k,
     tuning,
+    w4a16,
 )
 from pdkernels._triton import Grid, Kernel, triton
 
@@ -45,6 +48,9 @@ MODULES: Final = (
     norm,
     activation,
     grouped_matmul,
+    w4a16,
+    fp8_matmul,
+    split_k,
     rope,
     decode_attention,
     prefill_attention,
@@ -249,6 +255,8 @@ tests/kernels`. The launch configurations in `pdkernels/tuning.py` are starting 
 | rms_norm, add_rms_norm | `norm` | RMSNorm of rows or heads; fused with the residual addition |
 | silu_mul | `activation` | SwiGLU's elementwise half |
 | grouped_matmul | `grouped_matmul` | products of a mixture of experts, every row with its own weight |
+| w4_matmul | `w4a16` | product with 4-bit weights in groups (AWQ, GPTQ), with or without zero points |
+| fp8_matmul | `fp8_matmul` | product with FP8 weights, scaled by tensor, output or block |
 | rope_and_write | `rope` | norm per head (optional), rotation, and the write into KV blocks, one pass |
 | prefill_attention | `prefill_attention` | causal, ragged, chunked, over KV blocks; window, soft cap |
 | decode_attention | `decode_attention` | one token per sequence, KV split by plan, joined by log-sum-exp |
@@ -258,7 +266,8 @@ tests/kernels`. The launch configurations in `pdkernels/tuning.py` are starting 
 
 Each op's reference is the module of the same name in `pdkernels/reference` (both attentions: `attention`).
 Attention work is cut on the host, once per step, by `pdkernels/plan.py`. The split of a sequence follows from
-the lengths of the whole batch, so the last bits of a result may change with the batch.
+the lengths of the whole batch, so the last bits of a result may change with the batch. The inputs of a
+product with few rows are split over programs and their parts added in one order (`split_k`).
 
 Shared memory limits: {limits}. "read B" is how much a thread reads of global memory at once (of most
 asynchronous copies, or else of the widest load); 16 is the most there is.

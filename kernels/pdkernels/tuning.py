@@ -110,6 +110,13 @@ def attention_config(
     return table[itemsize, sizes[0]]
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the GPU converts FP8 numbers itself (Ada, Hopper and newer)."""
+    if device.type != "cuda":
+        return assumed_capability.get() >= 9
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @cache
 def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)

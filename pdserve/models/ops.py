@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pdserve.core.ids import BlockId
+from pdserve.models.quantization.fp8 import Fp8Weight
 from pdserve.models.quantization.integers import IntWeight
 
 
@@ -109,6 +110,10 @@ class ModelOps(Protocol):
 
     def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> Linear:
         """`linear` for a weight that is stored as small integers."""
+        ...
+
+    def fp8_linear(self, weight: Fp8Weight, bias_O: Tensor | None) -> Linear:
+        """`linear` for a weight that is stored in FP8."""
         ...
 
     def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> Experts:

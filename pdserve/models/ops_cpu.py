@@ -25,6 +25,7 @@ from pdserve.models.cpu_experts import CpuExperts
 from pdserve.models.cpu_linear import Linear, choose_products, make_head, make_integer_linear, make_linear
 from pdserve.models.ops import LayerStack, QKNorm, SliceMeta, Workload
 from pdserve.models.ops import Linear as AnyLinear
+from pdserve.models.quantization.fp8 import Fp8Weight
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import rope_table
 
@@ -59,6 +60,10 @@ class CpuOps:
         made = make_integer_linear(weight, bias_O, dtype, self._workload)
         self._unmeasured.append(made)
         return made
+
+    def fp8_linear(self, weight: Fp8Weight, bias_O: Tensor | None) -> AnyLinear:
+        dtype: torch.dtype = getattr(torch, self._config.dtype)
+        return self.linear(weight.dequantised(dtype), bias_O)
 
     def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> CpuExperts:
         pairs = [(self.linear(gate_up, None), self.linear(down, None)) for gate_up, down in weights]

@@ -31,7 +31,9 @@ from torch import Tensor
 
 from pdserve.core.errors import ConfigError
 from pdserve.models.config import ModelConfig
+from pdserve.models.gpu_linear import fp8_linear, int4_linear
 from pdserve.models.ops import LayerStack, Linear, QKNorm, SliceMeta
+from pdserve.models.quantization.fp8 import Fp8Weight
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import inverse_frequencies
 
@@ -98,13 +100,21 @@ class TritonOps:
         return self._dtype
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> _Linear:
-        return _Linear(self.vector(weight_OI), None if bias_O is None else self.vector(bias_O))
+        return _Linear(self.vector(weight_OI), self._bias(bias_O))
 
     def head(self, weight_VE: Tensor) -> _Linear:
         return self.linear(weight_VE, None)
 
-    def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> _Linear:
-        return self.linear(weight.dequantised(self._dtype), bias_O)
+    def integer_linear(self, weight: IntWeight, bias_O: Tensor | None) -> Linear:
+        made = int4_linear(weight, self._bias(bias_O), self._device)
+        return made or self.linear(weight.dequantised(self._dtype), bias_O)
+
+    def fp8_linear(self, weight: Fp8Weight, bias_O: Tensor | None) -> Linear:
+        made = fp8_linear(weight, self._bias(bias_O), self._device)
+        return made or self.linear(weight.dequantised(self._dtype), bias_O)
+
+    def _bias(self, bias_O: Tensor | None) -> Tensor | None:
+        return None if bias_O is None else self.vector(bias_O)
 
     def experts(self, weights: Iterable[tuple[Tensor, Tensor]]) -> _Experts:
         # Each goes to the device as it is read: the host holds one at a time.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pdserve.core.errors import ConfigError
 from pdserve.models.config import ModelConfig
+from pdserve.models.quantization.fp8 import Fp8Weight
 from pdserve.models.quantization.integers import IntWeight
 
 Bounds = tuple[int, int]
@@ -130,6 +131,17 @@ class ShardedSource:
             return found
         return _rows(found, cut) if cut.dim == 0 else _columns(found, cut)
 
+    def floats(self, name: str, shape: Sequence[int]) -> Fp8Weight | None:
+        """The rank's part of a weight stored in FP8; None where it is not, or blocks of scales are cut."""
+        whole = getattr(self._source, "floats", None)
+        if whole is None:
+            return None
+        cut = self._cut(name.removesuffix(".weight").rpartition(".")[2], shape)
+        found: Fp8Weight | None = whole(name, shape if cut is None else _widened(shape, cut))
+        if found is None or cut is None:
+            return found
+        return _float_rows(found, cut) if cut.dim == 0 else _float_columns(found, cut)
+
     def _cut(self, part: str, shape: Sequence[int]) -> Cut | None:
         """Where the rank's part of a tensor lies, by the last word of its module; None: it has all of it."""
         full, rank, size = self._full, self._rank, self._size
@@ -193,3 +205,20 @@ def _columns(weight: IntWeight, cut: Cut) -> IntWeight:
     return replace(
         weight, codes_OI=codes, zeros_GO=weight.zeros_GO[of_part], scales_GO=weight.scales_GO[of_part]
     )
+
+
+def _float_rows(weight: Fp8Weight, cut: Cut) -> Fp8Weight:
+    if cut.begin % weight.tall or (cut.end % weight.tall and cut.end != cut.total):
+        weight = weight.by_output()
+    scales = slice(cut.begin // weight.tall, -(-cut.end // weight.tall))
+    return replace(weight, codes_OI=weight.codes_OI[cut.begin : cut.end], scales_RC=weight.scales_RC[scales])
+
+
+def _float_columns(weight: Fp8Weight, cut: Cut) -> Fp8Weight | None:
+    codes = weight.codes_OI[:, cut.begin : cut.end]
+    if weight.scales_RC.shape[1] == 1:
+        return replace(weight, codes_OI=codes)
+    if cut.begin % weight.wide:
+        return None
+    columns = slice(cut.begin // weight.wide, -(-cut.end // weight.wide))
+    return replace(weight, codes_OI=codes, scales_RC=weight.scales_RC[:, columns])

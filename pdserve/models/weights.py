@@ -19,6 +19,7 @@ from pdserve.models.llama import LlamaModel
 from pdserve.models.mlp import DenseMlp, Mlp, MoeMlp
 from pdserve.models.moe_weights import expert_weights, router_name
 from pdserve.models.ops import Linear, ModelOps, QKNorm
+from pdserve.models.quantization.fp8 import Fp8Weight, stacked_floats
 from pdserve.models.quantization.integers import IntWeight, stacked
 from pdserve.models.quantization.view import DequantisedView
 from pdserve.models.ranks import Ranks
@@ -217,6 +218,9 @@ class _Loader:
         integers = self._integers(parts, inputs)
         if integers is not None:
             return self._ops.integer_linear(integers, bias)
+        floats = self._floats(parts, inputs)
+        if floats is not None:
+            return self._ops.fp8_linear(floats, bias)
         weights = [self.tensor(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
         return self._ops.linear(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
@@ -227,3 +231,11 @@ class _Loader:
         found = [self._source.integers(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
         whole = [part for part in found if part is not None]
         return stacked(whole) if len(whole) == len(found) else None
+
+    def _floats(self, parts: Sequence[tuple[str, int]], inputs: int) -> Fp8Weight | None:
+        """The projection's weight in FP8, where all of it is stored so."""
+        if not isinstance(self._source, (DequantisedView, ShardedSource)):
+            return None
+        found = [self._source.floats(f"{name}.weight", (outputs, inputs)) for name, outputs in parts]
+        whole = [part for part in found if part is not None]
+        return stacked_floats(whole) if len(whole) == len(found) else None

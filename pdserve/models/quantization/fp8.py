@@ -11,6 +11,7 @@ Scales of activations and of the KV cache that lie beside them are not needed: b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,54 @@ from torch import Tensor
 from pdserve.core.errors import CheckpointError, MissingTensor, ShapeMismatch
 from pdserve.models.quantization.integers import CHUNK_NUMBERS
 from pdserve.models.quantization.scheme import StoredTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Weight:
+    """weight[o, i] = codes[o, i] * scales[o // tall, i // wide]."""
+
+    codes_OI: Tensor
+    """float8_e4m3fn."""
+    scales_RC: Tensor
+    """float32 [ceil(O / tall), ceil(I / wide)]."""
+    tall: int
+    wide: int
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """[O, I], computed in float32 and rounded once."""
+        outputs, inputs = self.codes_OI.shape
+        out = torch.empty(outputs, inputs, dtype=dtype)
+        rows = max(1, CHUNK_NUMBERS // (inputs * self.tall)) * self.tall
+        for first in range(0, outputs, rows):
+            part = slice(first, min(first + rows, outputs))
+            scale = self.scales_RC[part.start // self.tall : -(-part.stop // self.tall)]
+            scale = scale.repeat_interleave(self.tall, 0)[: part.stop - part.start]
+            out[part] = self.codes_OI[part].float() * scale.repeat_interleave(self.wide, 1)[:, :inputs]
+        return out
+
+    def by_output(self) -> Fp8Weight:
+        """The same, with scales that are no taller than one output."""
+        scales_OC = self.scales_RC.repeat_interleave(self.tall, 0)[: self.codes_OI.shape[0]]
+        return Fp8Weight(codes_OI=self.codes_OI, scales_RC=scales_OC, tall=1, wide=self.wide)
+
+
+def stacked_floats(parts: Sequence[Fp8Weight]) -> Fp8Weight | None:
+    """One weight of several, along the outputs; None where their scales' widths differ."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(part.wide != first.wide for part in parts):
+        return None
+    whole = all(part.tall == first.tall and part.codes_OI.shape[0] % part.tall == 0 for part in parts[:-1])
+    if not whole or parts[-1].tall != first.tall:
+        parts = [part.by_output() for part in parts]
+    return Fp8Weight(
+        # As bytes: torch joins no FP8 tensors on every device.
+        codes_OI=torch.cat([part.codes_OI.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn),
+        scales_RC=torch.cat([part.scales_RC for part in parts]),
+        tall=parts[0].tall,
+        wide=first.wide,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,21 +92,17 @@ class Fp8:
         return found[0], found[1]
 
     def weight(self, stored: StoredTensors, module: str, dtype: torch.dtype) -> Tensor:
-        outputs, inputs = self.shape(stored, module)
-        scale_RC = self._scale(stored, module, outputs, inputs)
-        weight_OI = stored.get(f"{module}.weight")
-        out = torch.empty(outputs, inputs, dtype=dtype)
-        tall, wide = self.block or (max(1, outputs // scale_RC.shape[0]), inputs)
-        rows = max(1, CHUNK_NUMBERS // (inputs * tall)) * tall
-        for first in range(0, outputs, rows):
-            part = slice(first, min(first + rows, outputs))
-            scale = scale_RC[part.start // tall : -(-part.stop // tall)]
-            scale = scale.repeat_interleave(tall, 0)[: part.stop - part.start]
-            out[part] = weight_OI[part].float() * scale.repeat_interleave(wide, 1)[:, :inputs]
-        return out
+        return self.floats(stored, module).dequantised(dtype)
 
     def integers(self, stored: StoredTensors, module: str) -> None:
         """Its weights are no integers."""
+
+    def floats(self, stored: StoredTensors, module: str) -> Fp8Weight:
+        """The weight before it is multiplied out. Raises `CheckpointError` as `weight` does."""
+        outputs, inputs = self.shape(stored, module)
+        scales_RC = self._scale(stored, module, outputs, inputs)
+        tall, wide = self.block or (max(1, outputs // scales_RC.shape[0]), inputs)
+        return Fp8Weight(codes_OI=stored.get(f"{module}.weight"), scales_RC=scales_RC, tall=tall, wide=wide)
 
     def _scale(self, stored: StoredTensors, module: str, outputs: int, inputs: int) -> Tensor:
         """float32 [rows, columns] of factors, each for a rectangle of the weight."""

@@ -53,17 +53,25 @@ class IntWeight:
 def stacked(parts: Sequence[IntWeight]) -> IntWeight | None:
     """One weight of several, along the outputs; None where their groups of inputs differ."""
     first = parts[0]
-    if any(part.group_of_I is not None or part.bits != first.bits for part in parts):
-        return first if len(parts) == 1 else None
+    if len(parts) == 1:
+        return first
+    if any(part.bits != first.bits or not _same_groups(part, first) for part in parts):
+        return None
     if any(part.scales_GO.shape[0] != first.scales_GO.shape[0] for part in parts):
         return None
     return IntWeight(
         codes_OI=torch.cat([part.codes_OI for part in parts]),
         zeros_GO=torch.cat([part.zeros_GO for part in parts], dim=1),
         scales_GO=torch.cat([part.scales_GO for part in parts], dim=1),
-        group_of_I=None,
+        group_of_I=first.group_of_I,
         bits=first.bits,
     )
+
+
+def _same_groups(one: IntWeight, other: IntWeight) -> bool:
+    if one.group_of_I is None or other.group_of_I is None:
+        return one.group_of_I is other.group_of_I
+    return torch.equal(one.group_of_I, other.group_of_I)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pdserve.core.errors import ShapeMismatch
+from pdserve.models.quantization.fp8 import Fp8, Fp8Weight
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.quantization.scheme import Scheme, StoredTensors
 
@@ -37,6 +38,14 @@ class DequantisedView:
             return None
         self._check_shape(name, module, shape)
         return self._scheme.integers(self._stored, module)
+
+    def floats(self, name: str, shape: Sequence[int]) -> Fp8Weight | None:
+        """The weight before it is multiplied out; None where it is not stored in FP8."""
+        module = name.removesuffix(WEIGHT)
+        if not isinstance(self._scheme, Fp8) or not self._scheme.holds(self._stored, module):
+            return None
+        self._check_shape(name, module, shape)
+        return self._scheme.floats(self._stored, module)
 
     def require(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor, after checking its shape. Raises `CheckpointError`s."""
