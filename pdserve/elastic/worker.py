@@ -13,6 +13,7 @@ from pdserve.worker.backends import configured_backend
 from pdserve.worker.compute import compute
 from pdserve.worker.loop import Perform
 from pdserve.worker.ports import BackendFactory, EnginePort
+from pdserve.worker.ranks.leader import Leader
 from pdserve.worker.running import RunningWorker, launch, load_engine, longest_sequence
 from pdserve.worker.shared import Shared
 from pdserve.worker.spec import WorkerSpec
@@ -60,9 +61,10 @@ def start_worker(
     engine: EnginePort | None = None,
     draft_engine: EnginePort | None = None,
     backend_factory: BackendFactory | None = None,
+    leader: Leader | None = None,
 ) -> RunningWorker:
     """Start a worker in this process, in the role that its spec says: loads the models unless given engines,
-    then listens.
+    then listens. leader: of the ranks that `engine` computes with; None: it is alone.
 
     Raises the engine's and the transfer backend's typed errors, and OSError for a bad address.
     """
@@ -95,4 +97,5 @@ def start_worker(
         make_role,
         max_num_seqs=prefill.max_num_seqs if spec.role is Role.PREFILL else decode.max_num_seqs,
         backend_factory=backend_factory or configured_backend(spec.config.transfer),
+        leader=leader,
     )

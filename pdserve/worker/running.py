@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from pdcpu import library as pdcpu
 
-from kvtransfer.protocol import PoolRegion
+from kvtransfer.protocol import PoolRegion, TransferEvent
 from kvtransfer.service import TransferService
 from pdserve.core import messages
 from pdserve.core.config import CacheSettings
@@ -33,6 +33,9 @@ from pdserve.worker.host import WorkerHost
 from pdserve.worker.journal import Journal
 from pdserve.worker.loop import ComputeLoop, Inbox, Role
 from pdserve.worker.ports import BackendFactory, EnginePort, PoolPort, TransferPort
+from pdserve.worker.ranks.leader import Leader, TeamTransfer
+from pdserve.worker.ranks.names import rank_id
+from pdserve.worker.ranks.transfer import OnEvent, RankTransfer, pack_metadata
 from pdserve.worker.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -151,22 +154,32 @@ def launch(
     *,
     max_num_seqs: int,
     backend_factory: BackendFactory,
+    leader: Leader | None = None,
 ) -> RunningWorker:
-    """Put a worker's parts together and start them: transfers first, then the channel, then computing."""
+    """Put a worker's parts together and start them: transfers first, then the channel, then computing.
+
+    leader: of the other ranks, which compute every step of `engine` too.
+    """
     regions = pool_regions(engine)
     inbox = Inbox(time.monotonic)
     tiers = _tiers(spec, engine, inbox)
-    backend = backend_factory(spec.worker, spec.epoch, regions, engine.fingerprint)
+    own_id = rank_id(spec.worker, 0, engine.fingerprint.tp_size)
+    backend = backend_factory(own_id, spec.epoch, regions, engine.fingerprint)
     with contextlib.ExitStack() as undo:
         undo.callback(backend.close)
         role = make_role(engine, tiers)
-        info = _info(spec, engine, metadata=backend.metadata, max_num_seqs=max_num_seqs)
-        transfer = TransferService(
-            backend,
-            inbox.put,
-            max_inflight_bytes=spec.config.transfer.max_inflight_mib << 20,
-            verify=spec.config.transfer.verify,
-        )
+        metadata = pack_metadata([backend.metadata, *(() if leader is None else leader.metadata())])
+        info = _info(spec, engine, metadata=metadata, max_num_seqs=max_num_seqs)
+
+        def own_service(on_event: OnEvent) -> TransferPort:
+            return TransferService(
+                backend,
+                on_event,
+                max_inflight_bytes=spec.config.transfer.max_inflight_mib << 20,
+                verify=spec.config.transfer.verify,
+            )
+
+        transfer = _transfer(own_service, engine, leader, inbox.put)
         undo.pop_all()
         transfer.start()
         undo.callback(transfer.stop)
@@ -214,6 +227,20 @@ def launch(
         device=device,
         tiers=tiers,
     )
+
+
+def _transfer(
+    own_service: Callable[[OnEvent], TransferPort],
+    engine: EnginePort,
+    leader: Leader | None,
+    on_event: Callable[[TransferEvent], None],
+) -> TransferPort:
+    """What moves the KV of all ranks, to and from workers of any number of ranks."""
+
+    def own(on_event: OnEvent) -> TransferPort:
+        return RankTransfer(own_service, engine.fingerprint, on_event)
+
+    return own(on_event) if leader is None else TeamTransfer(own, leader, on_event)
 
 
 def _tiers(spec: WorkerSpec, engine: EnginePort, inbox: Inbox) -> TierPort | None:

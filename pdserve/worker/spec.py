@@ -9,6 +9,7 @@ from pdserve.core.config import ServeConfig
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 from pdserve.worker.cores import CoreShare
+from pdserve.worker.ranks.names import RankSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class WorkerSpec:
     """Of speculative decoding, where its method is a model."""
     core_share: CoreShare | None = None
     """How it lends and borrows cores; None: it does neither."""
+    ranks: RankSpec | None = None
+    """Its place among the ranks of a tensor-parallel worker; None: it is the only one."""
 
     @property
     def model_name(self) -> str:
