@@ -33,6 +33,8 @@ class Faults:
     """Never heard of again, neither bytes nor end, until the peer is disconnected."""
     failure: float = 0.0
     """Ends as FAILED, with the first half of its bytes written and no note."""
+    fail_every: int = 0
+    """So does each push that arrives as the n-th, 2n-th, ... of its sender; 0: none."""
     duplicate: float = 0.0
     """Its note is delivered twice."""
     flip: float = 0.0
@@ -67,7 +69,7 @@ class FakeBackend(LocalBackend):
         self._schedule: list[_Flight] = []
         self._flying: dict[int, tuple[Push, float]] = {}
         self._last_due = float("-inf")
-        self._num_launched = 0
+        self._num_launched = self.num_delivered = self.num_failed = 0
 
     def max_wait_s(self, now: float) -> float | None:
         if self._fresh:
@@ -143,7 +145,11 @@ class FakeBackend(LocalBackend):
         faults, draw = self._faults, self._random
         failing, flipping = draw.random() < faults.failure, draw.random() < faults.flip
         twice = draw.random() < faults.duplicate
+        self.num_delivered += 1
+        if faults.fail_every and self.num_delivered % faults.fail_every == 0:
+            failing = True
         if failing:
+            self.num_failed += 1
             self._copy_half(push, port)
             raise TransferError("failed on purpose, half of its bytes were written")
         self._copy(push, port)

@@ -35,6 +35,10 @@ BIG = GroupLayout(
 NUM_BLOCKS = 32
 
 
+def _state_in(proc: Path) -> str:
+    return (proc / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 class NodeProcess:
     """Starts the child and keeps what it says. Pool files are under `directory`."""
 
@@ -116,10 +120,10 @@ class NodeProcess:
         assert self.process.wait(WAIT_S) == -signal.SIGKILL
 
     def freeze(self) -> None:
-        """SIGSTOP, and proof of it."""
+        """SIGSTOP, and proof of it: every thread stands still, one in a system call finishes that first."""
         os.kill(self.pid, signal.SIGSTOP)
         until = time.monotonic() + WAIT_S
-        while self.state() != "T":
+        while any(state != "T" for state in self._thread_states()):
             assert time.monotonic() < until, "it does not stop"
 
     def thaw(self) -> None:
@@ -127,7 +131,10 @@ class NodeProcess:
 
     def state(self) -> str:
         """As /proc shows it: R running, S sleeping, T stopped, Z dead."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return _state_in(Path(f"/proc/{self.pid}"))
+
+    def _thread_states(self) -> list[str]:
+        return [_state_in(thread) for thread in Path(f"/proc/{self.pid}/task").iterdir()]
 
     def stop(self) -> int:
         """Ask it to end; its exit status, 0 when it ended well."""

@@ -13,7 +13,8 @@ import pytest
 
 from coordinator.models import ServedModel
 from coordinator.service import Coordinator
-from kvtransfer.fake import Faults
+from decode import reception
+from kvtransfer.fake import FakeBackend, Faults
 from pdserve.client import AsyncClient
 from pdserve.core.errors import PdServeError
 from pdserve.core.messages import Role
@@ -33,16 +34,16 @@ TYPED = {"UNAVAILABLE", "DATA_LOSS", "DEADLINE_EXCEEDED"}
 
 @contextlib.asynccontextmanager
 async def system(
-    folder: Path, faults: Faults, **sections: dict[str, Any]
+    folder: Path, faults: Faults, made: list[FakeBackend] | None = None, **sections: dict[str, Any]
 ) -> AsyncIterator[tuple[AsyncClient, list[RunningWorker]]]:
-    """One prefill and one decode worker; every prompt's KV is moved."""
+    """One prefill and one decode worker; every prompt's KV is moved. made: gets the transfer backends."""
     routing = {"port": 0, "local_prefill": "never", "max_attempts": 8}
     config = config_of(coordinator=routing, **sections)
     coordinator = Coordinator(
         config, [ServedModel.from_dir(make_scripted_model(folder / "model"), name="scripted")]
     )
     endpoints = await coordinator.start()
-    backends, workers = faulty(faults), list[RunningWorker]()
+    backends, workers = faulty(faults, made), list[RunningWorker]()
     try:
         for role in Role:
             spec = spec_of(role, folder, config)
@@ -84,7 +85,6 @@ def every_block_is_back(workers: list[RunningWorker]) -> None:
 @pytest.mark.parametrize(
     "faults",
     [
-        pytest.param(Faults(seed=1, failure=1 / 16), id="one in sixteen fails"),
         pytest.param(
             Faults(seed=2, failure=0.05, delay_s=(0.0, 0.01), duplicate=0.2, reorder=True), id="messy"
         ),
@@ -101,12 +101,36 @@ async def test_transfers_that_go_wrong_cost_retries_and_no_token(tmp_path: Path,
 
 
 @scenario
-async def test_leases_far_shorter_than_transfers_end_in_time(tmp_path: Path) -> None:
+async def test_when_every_sixteenth_push_fails_the_tokens_are_right(tmp_path: Path) -> None:
+    made: list[FakeBackend] = []
+    sixteenth = Faults(seed=1, fail_every=16)
+    async with system(tmp_path, sixteenth, made, transfer={"layer_groups": 2}) as (client, workers):
+        attempts = await asyncio.gather(*(right_or_typed(client, number) for number in range(60)))
+        assert all(attempts)
+        assert max(attempts) > 1
+        await asyncio.to_thread(every_block_is_back, workers)
+    assert [backend.num_failed for backend in made] == [backend.num_delivered // 16 for backend in made]
+    assert sum(backend.num_failed for backend in made) > 0
+
+
+@scenario
+async def test_leases_far_shorter_than_transfers_end_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expired: list[Exception] = []
+
+    class Noted(reception.LeaseExpired):
+        def __init__(self, message: str) -> None:
+            super().__init__(message)
+            expired.append(self)
+
+    monkeypatch.setattr(reception, "LeaseExpired", Noted)
     slow = Faults(seed=4, delay_s=(2.0, 2.0))
     short = {"transfer": {"layer_groups": 2, "lease_s": 0.05}}
     async with system(tmp_path, slow, **short) as (client, workers):
         await asyncio.gather(*(right_or_typed(client, number) for number in range(4)))
         await asyncio.to_thread(every_block_is_back, workers)
+    assert len(expired) >= 4, "a lease was long enough"
 
 
 @scenario
