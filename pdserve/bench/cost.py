@@ -17,6 +17,8 @@ class Cost:
     unit_hours_per_million_tokens: float | None
     """Core-hours or GPU-hours for a million output tokens."""
     price_per_million_tokens: float | None
+    requests_per_price: float | None
+    """Requests for one unit of the currency."""
 
 
 def cost_of(run: Run, system: SystemResult, goodput: Goodput) -> Cost | None:
@@ -36,4 +38,33 @@ def cost_of(run: Run, system: SystemResult, goodput: Goodput) -> Cost | None:
         output_tokens_per_s=tokens_per_s,
         unit_hours_per_million_tokens=hours,
         price_per_million_tokens=price,
+        requests_per_price=goodput.rate * 3600 / hourly if (hourly := hourly_price(system)) else None,
     )
+
+
+def hourly_price(system: SystemResult) -> float | None:
+    """Of the whole system; None when nobody said."""
+    if system.units is None or system.price_per_unit_hour is None:
+        return None
+    return system.units * system.price_per_unit_hour
+
+
+def hourly_cost(run: Run, system: SystemResult) -> float | None:
+    """What a chart of all systems divides: prices when all have one, else units."""
+    if all(hourly_price(one) is not None for one in run.systems):
+        return hourly_price(system)
+    return system.units
+
+
+def cost_by_rate(run: Run, system: SystemResult) -> list[tuple[float, float]]:
+    """(offered rate, cost of a million output tokens that were delivered inside their targets)."""
+    hourly = hourly_cost(run, system)
+    trials = run.trials_of(system.name)
+    found = []
+    for rate in sorted({trial.rate for trial in trials}):
+        mine = [trial for trial in trials if trial.rate == rate]
+        tokens = sum(record.output_tokens for trial in mine for record in trial.counted if record.met)
+        seconds = sum(trial.wall_s for trial in mine)
+        if hourly is not None and tokens and seconds:
+            found.append((rate, hourly * 1e6 / (3600 * tokens / seconds)))
+    return found

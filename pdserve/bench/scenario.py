@@ -140,7 +140,7 @@ class Search(Frozen):
     """Stop when the bracket is this narrow, relative to the rate."""
     max_rate: float = Field(default=10_000.0, gt=0)
     budget_s: float = Field(default=150.0, gt=0)
-    """Per system, over all its trials."""
+    """Per system, over the trials of its search: none begins that could end later."""
 
     @model_validator(mode="after")
     def _fractions(self) -> Self:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from pdserve.bench.duration import before_all, long_enough, longest_run_s, longest_trial_s
 from pdserve.bench.environment import Environment, describe_environment
 from pdserve.bench.load import Progress, run_trial
 from pdserve.bench.records import Trial
@@ -23,9 +24,6 @@ from pdserve.core.errors import PdServeError
 
 COMMON_ROUND: Final = 1_000_000
 """The round number of the last trials of a search, at one rate for all systems."""
-MAX_STRETCH: Final = 3.0
-"""A trial is at most so many times as long as the scenario says."""
-_WARM_UP_S: Final = 3.0
 _WARM_UP_SEED: Final = 999_983
 
 
@@ -99,6 +97,7 @@ async def run_suite(
             servers.append(server)
         run.systems = [_describe(server) for server in servers]
         measurement = _Measurement(run, servers, trace, observer)
+        observer.say(f"measuring: at most {longest_run_s(scenario) / 60:.1f} minutes")
         await measurement.warm_up()
         if scenario.rates:
             await measurement.sweep()
@@ -125,7 +124,7 @@ class _Measurement:
 
     async def warm_up(self) -> None:
         """First transfers, connections and caches: not measured."""
-        short = self._scenario.model_copy(update={"duration_s": _WARM_UP_S, "warmup_s": 0.0})
+        short = before_all(self._scenario)
         rate = min(self._scenario.rates, default=self._scenario.search.start_rate)
         for server in self._turns(0):
             self._observer.say(f"warming up {server.spec.name}")
@@ -151,7 +150,7 @@ class _Measurement:
             for server in self._turns(turn):
                 name = server.spec.name
                 rate = searches[name].next_rate()
-                if rate is None:
+                if rate is None or not self._is_time_for(rate, searches[name]):
                     continue
                 asked = True
                 repeat = tried[name, rate] = tried.get((name, rate), -1) + 1
@@ -163,6 +162,11 @@ class _Measurement:
                 break
         self._conclude(searches)
         await self._at_a_common_rate(searches)
+
+    def _is_time_for(self, rate: float, search: GoodputSearch) -> bool:
+        """The budget holds, whatever the answers take; but one trial there must be."""
+        left_s = self._scenario.search.budget_s - search.spent_s
+        return search.spent_s == 0 or longest_trial_s(self._scenario, rate) <= left_s
 
     async def _at_a_common_rate(self, searches: dict[str, GoodputSearch]) -> None:
         found = [searches[server.spec.name].estimate(self._scenario.search.goal) for server in self._servers]
@@ -188,7 +192,7 @@ class _Measurement:
         self, server: Server, rate: float, round: int, *, scenario: Scenario | None = None, keep: bool = True
     ) -> Trial | None:
         """None when the system failed altogether; it is left out then."""
-        scenario = scenario or self._long_enough(rate)
+        scenario = scenario or long_enough(self._scenario, rate)
         name = server.spec.name
         workload = build_workload(scenario, rate, round, self._limits, trace=self._trace, salt=self._salt)
         self._observer.trial_began(name, rate, sum(len(s.turns) for s in workload.sessions))
@@ -216,12 +220,6 @@ class _Measurement:
             next(result for result in self._run.systems if result.name == name).failed = gone
             return None
         return trial
-
-    def _long_enough(self, rate: float) -> Scenario:
-        """A slow rate takes longer to show anything: at least `min_requests`, within bounds."""
-        scenario = self._scenario
-        needed_s = min(scenario.min_requests / rate, MAX_STRETCH * scenario.duration_s)
-        return scenario.model_copy(update={"duration_s": max(scenario.duration_s, needed_s)})
 
     async def _why_gone(self, server: Server, trial: Trial) -> str:
         """Why no request got an answer, when the server does not even say its models any more."""

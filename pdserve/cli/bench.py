@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,6 +31,7 @@ bench_app = typer.Typer(
 )
 
 DEFAULT_OUT: Final = Path("out/sla")
+_WIDTH_OF_FILES: Final = 160
 _CHAT: Final = "/chat/completions"
 _ON_TERMINAL: Final = 2
 """Tables that are printed; the page has all."""
@@ -155,6 +157,7 @@ def compare_command(
 
 def _run(scenario: Scenario, out: Path, *, png: bool) -> Run:
     from pdserve.bench.report.html import headlines
+    from pdserve.bench.report.png import is_available
     from pdserve.bench.report.tables import tables_of
     from pdserve.bench.report.write import write_report
     from pdserve.bench.suite import run_suite
@@ -182,6 +185,8 @@ def _run(scenario: Scenario, out: Path, *, png: bool) -> Run:
     for line in headlines(run):
         OUT.print(f"[bold]{escape(line)}[/]")
     OUT.print(f"written: {escape(str(written[0]))} and {len(written) - 1} more in {escape(str(out))}")
+    if png and not is_available():
+        OUT.print("[dim]no PNG files beside it: matplotlib is not installed (pip install matplotlib)[/]")
     return run
 
 
@@ -236,11 +241,13 @@ class Display:
 def _print(figures: Figures) -> None:
     table = Table(title=figures.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in figures.head:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for row in figures.rows:
         table.add_row(*map(escape, row))
-    OUT.print(table)
-    OUT.print()
+    # A file or a pipe has no width of its own.
+    out = OUT if OUT.is_terminal else Console(highlight=False, width=_WIDTH_OF_FILES)
+    out.print(table)
+    out.print()
 
 
 def _systems(addresses: list[str] | None, model: str | None, base: Scenario) -> list[dict[str, Any]] | None:

@@ -137,7 +137,7 @@ async def openai_server(fake: FakeOpenAi) -> AsyncIterator[str]:
     app.router.add_get("/v1/models", fake.models)
     app.router.add_post("/v1/completions", fake.completions)
     app.router.add_post("/v1/chat/completions", fake.completions)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import dataclasses
 import json
 import re
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import grpc
 import pytest
 
+from pdserve.bench.cost import cost_by_rate, cost_of, hourly_cost
+from pdserve.bench.duration import longest_run_s, longest_trial_s
 from pdserve.bench.load import Progress
 from pdserve.bench.records import RequestRecord, Trial
 from pdserve.bench.report.charts import HeatMap, charts_of
@@ -24,6 +27,7 @@ from pdserve.bench.report.png import write_pngs
 from pdserve.bench.report.svg import draw
 from pdserve.bench.report.write import write_report
 from pdserve.bench.scenario import Scenario
+from pdserve.bench.search import Goodput
 from pdserve.bench.slo import PRESETS, Slo
 from pdserve.bench.suite import Run, run_suite
 from pdserve.cli.app import main
@@ -72,7 +76,13 @@ async def against_fakes(fake_grpc: Any, fake_openai: Any, out: Path, observer: Q
     async with fake_grpc[1]() as here, fake_openai[1]() as there:
         systems = [
             {"name": "ours & co", "address": here, "units": 2, "price_per_unit_hour": 3.0},
-            {"name": "theirs", "address": there, "protocol": "openai", "api_key": "not-for-the-report"},
+            {
+                "name": "theirs",
+                "address": there,
+                "protocol": "openai",
+                "api_key": "not-for-the-report",
+                "units": 4,
+            },
         ]
         return await run_suite(scenario_of(systems, **changes), out, observer)
 
@@ -120,7 +130,7 @@ def test_a_run_takes_turns_and_leaves_its_report(fake_grpc: Any, fake_openai: An
     ):
         assert needed in page.text, needed
     charts = {attrs["id"] for tag, attrs in page.tags if tag == "svg"}
-    assert {"attainment", "goodput", "ttft", "tpot", "itl", "e2e", "timeline-ours & co"} <= charts
+    assert {"attainment", "goodput", "ttft", "tpot", "itl", "e2e", "timeline-ours & co", "cost"} <= charts
     assert sum("data-tip" in attrs for _, attrs in page.tags) > 50
     assert not [a for tag, a in page.tags if tag in ("link", "img") or a.get("src") or a.get("href")]
     assert "not-for-the-report" not in text + (tmp_path / "results.json").read_text()
@@ -143,6 +153,62 @@ def test_every_request_is_in_the_files(fake_grpc: Any, fake_openai: Any, tmp_pat
     measured = read_results(tmp_path)
     assert len(measured) == sum(len(trial.counted) for trial in run.trials)
     assert all(one.ttft_s is not None and one.tpot_s is not None for one in measured)
+
+
+def test_costs_are_of_tokens_inside_their_targets(fake_grpc: Any, fake_openai: Any, tmp_path: Path) -> None:
+    run = asyncio.run(against_fakes(fake_grpc, fake_openai, tmp_path, Quiet(), rates=[20], rounds=1))
+    ours, theirs = run.systems
+    assert hourly_cost(run, ours) == 2  # cores: the other has no price
+    (trial,) = run.trials_of(ours.name)
+    tokens_per_s = sum(record.output_tokens for record in trial.counted) / trial.wall_s
+    ((rate, cores_h),) = cost_by_rate(run, ours)
+    assert rate == 20
+    assert cores_h == pytest.approx(2 * 1e6 / tokens_per_s / 3600)
+    for record in trial.counted[1:]:
+        record.error = "cut"
+    assert cost_by_rate(run, ours)[0][1] == pytest.approx(cores_h * len(trial.counted), rel=0.01)
+    theirs.price_per_unit_hour = 1.0
+    assert hourly_cost(run, ours) == 6
+    found = cost_of(run, ours, Goodput(attainment=0.9, rate=10.0, low=None, high=None))
+    assert found is not None
+    assert found.requests_per_price == 10 * 3600 / 6
+
+
+def test_two_of_one_arrangement_share_a_cell_of_the_heat_map(
+    fake_grpc: Any, fake_openai: Any, tmp_path: Path
+) -> None:
+    run = asyncio.run(against_fakes(fake_grpc, fake_openai, tmp_path, Quiet(), rates=[20], rounds=1))
+    ours, theirs = run.systems
+    for system, rate in ((ours, 3.0), (theirs, 2.0)):
+        system.prefill, system.decode = 0, 1
+        system.goodputs = [Goodput(attainment=0.9, rate=rate, low=None, high=None)]
+    third = dataclasses.replace(ours, name="1P1D", prefill=1, goodputs=[])
+    run.systems.append(third)
+    (heat,) = [chart for chart in charts_of(run) if isinstance(chart, HeatMap)]
+    assert heat.cells == [[3.0, None]]
+
+
+def test_a_search_stays_inside_its_budget_however_slow_the_answers(
+    fake_grpc: Any, fake_openai: Any, tmp_path: Path
+) -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    fake_grpc[0].gate = fake_openai[0].gate = never
+    search = {"start_rate": 20, "budget_s": 2.5}
+    changes: dict[str, Any] = {"rates": [], "search": search, "duration_s": 0.3, "drain_s": 0.4}
+    observer = Quiet()
+    run = asyncio.run(against_fakes(fake_grpc, fake_openai, tmp_path, observer, **changes))
+    trial_s = longest_trial_s(run.scenario, 20)
+    assert 2 <= len(run.trials) <= 2 * (2.5 / trial_s)
+    assert any("at most" in said for said in observer.said)
+
+
+def test_what_is_run_by_default_ends_within_ten_minutes() -> None:
+    # Starting two services takes half a minute each, and there is something to spare.
+    assert longest_run_s(Scenario()) <= 450
+    fixed = Scenario(rates=(1.0, 2.0), rounds=3, systems=Scenario().systems[:1])
+    assert longest_run_s(fixed) == pytest.approx(3 + 10 + 3 * (2 + 30 + 10 + 2 + 15 + 10), abs=1)
 
 
 def test_a_search_ends_with_all_systems_at_one_rate(fake_grpc: Any, fake_openai: Any, tmp_path: Path) -> None:
@@ -275,6 +341,7 @@ def test_the_command_measures_prints_and_compares(
     assert "Goodput" in out
     assert "report.html" in out
     assert "inside (100%)" in err
+    assert "matplotlib" not in out  # --no-png: nobody asked for them
     code, out, _ = cli("compare", str(tmp_path / "a"), str(tmp_path / "a"))
     assert code == 0
     assert "no real difference" in out
@@ -285,6 +352,36 @@ def test_the_command_measures_prints_and_compares(
     code, out, _ = cli("compare", str(tmp_path / "a"), str(tmp_path / "b.json"), "--alpha", "0.1")
     assert code == 1
     assert "worse" in out
+
+
+def test_it_says_what_is_left_out_without_matplotlib(
+    cli: Callable[..., tuple[int, str, str]], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("png", "write"):
+        monkeypatch.setattr(f"pdserve.bench.report.{module}.is_available", lambda: False)
+    scenario = tmp_path / "s.yaml"
+    scenario.write_text("{warmup_s: 0, drain_s: 2, min_requests: 1, duration_s: 0.2, rates: [30]}")
+    code, out, _ = cli("-s", str(scenario), "-a", address, "-o", str(tmp_path / "o"))
+    assert code == 0
+    assert "no PNG files beside it: matplotlib is not installed" in out
+    assert "95% interval" in out  # and a pipe gets every column whole
+    assert not (tmp_path / "o" / "png").exists()
+
+
+def test_a_trace_of_the_command_line_keeps_the_scenarios_scale(
+    cli: Callable[..., tuple[int, str, str]], address: str, tmp_path: Path
+) -> None:
+    trace, scenario, out = tmp_path / "t.csv", tmp_path / "s.yaml", tmp_path / "o"
+    rows = "".join(f"2023-11-16 18:15:{second:02d}.6805900,200,40\n" for second in range(50))
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    scenario.write_text(
+        "{replay: {path: elsewhere.csv, length_scale: 0.1}, warmup_s: 0, min_requests: 1, "
+        "duration_s: 0.3, rates: [30]}"
+    )
+    code, _, err = cli("-s", str(scenario), "-a", address, "--trace", str(trace), "-o", str(out), "--no-png")
+    assert code == 0, err
+    requests = json.loads((out / "results.json").read_text())["requests"]
+    assert {(one["prompt_tokens"], one["output_tokens"]) for one in requests} == {(20, 4)}
 
 
 @pytest.mark.parametrize(

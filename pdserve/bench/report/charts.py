@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pdserve.bench.cost import cost_by_rate, hourly_price
 from pdserve.bench.records import RequestRecord, Trial
 from pdserve.bench.suite import Run
 
@@ -65,8 +66,7 @@ def charts_of(run: Run) -> list[Chart]:
     charts: list[Chart] = [_attainment(run), _goodput(run)]
     charts += _distributions(run)
     charts += [_timeline(trial) for trial in run.common_trials() if trial.counted]
-    ratios = _ratios(run)
-    return [*charts, ratios] if ratios else charts
+    return charts + [chart for chart in (_cost(run), _ratios(run)) if chart is not None]
 
 
 def colour_of(run: Run, system: str) -> str:
@@ -120,6 +120,32 @@ def _goodput(run: Run) -> LineChart:
         title="Goodput, by offered rate",
         x_label="offered requests per second",
         y_label="requests/s inside targets",
+        lines=lines,
+        log_x=True,
+    )
+
+
+def _cost(run: Run) -> LineChart | None:
+    lines = [
+        Line(
+            name=system.name,
+            x=[rate for rate, _ in costs],
+            y=[cost for _, cost in costs],
+            colour=colour_of(run, system.name),
+            markers=True,
+        )
+        for system in run.systems
+        if (costs := cost_by_rate(run, system))
+    ]
+    if not lines:
+        return None
+    priced = all(hourly_price(system) is not None for system in run.systems)
+    unit = "price" if priced else f"{run.systems[0].unit}-hours"
+    return LineChart(
+        key="cost",
+        title="Cost of a million output tokens inside their targets, by offered rate",
+        x_label="offered requests per second",
+        y_label=f"{unit} per 1M tokens",
         lines=lines,
         log_x=True,
     )
@@ -224,11 +250,14 @@ def phases_of(record: RequestRecord, end_s: float) -> list[tuple[str, float, flo
 def _ratios(run: Run) -> HeatMap | None:
     """Goodput by prefill and decode workers, when several arrangements were started."""
     goal = run.scenario.search.goal
-    found = {
-        (s.prefill, s.decode): next((g.rate for g in s.goodputs if g.attainment == goal), None)
-        for s in run.systems
-        if s.prefill is not None and s.decode is not None
-    }
+    found: dict[tuple[int, int], float | None] = {}
+    for system in run.systems:
+        if system.prefill is None or system.decode is None:
+            continue
+        rate = next((g.rate for g in system.goodputs if g.attainment == goal), None)
+        place = system.prefill, system.decode
+        # Two with other settings: the better one stands for the arrangement.
+        found[place] = max(filter(None, (found.get(place), rate)), default=None)
     if len(found) < 2:
         return None
     prefills = sorted({p for p, _ in found})

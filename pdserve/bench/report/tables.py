@@ -41,7 +41,7 @@ def goodput_table(run: Run) -> Table:
     rows = []
     for system in run.systems:
         if system.failed:
-            rows.append([system.name, "failed", *[""] * 5])
+            rows.append([system.name, "failed", *[""] * 6])
         for goodput in system.goodputs:
             cost = cost_of(run, system, goodput)
             rows.append(
@@ -53,6 +53,7 @@ def goodput_table(run: Run) -> Table:
                     _per_unit(cost.requests_per_s_per_unit if cost else None, system),
                     _figure(cost.unit_hours_per_million_tokens if cost else None, f" {system.unit}-h"),
                     _figure(cost.price_per_million_tokens if cost else None),
+                    _figure(cost.requests_per_price if cost else None),
                 ]
             )
     return Table(
@@ -65,11 +66,13 @@ def goodput_table(run: Run) -> Table:
             "per unit",
             "per 1M tokens",
             "price per 1M",
+            "requests per price",
         ),
         rows=rows,
         note=(
             "The interval comes from resampling the trials; an open end lies beyond the rates tried. "
-            "Tokens are output tokens. Prices appear when the scenario gives price_per_unit_hour."
+            "Tokens are output tokens. Prices, and requests for one unit of the currency, appear when the "
+            "scenario gives price_per_unit_hour."
         ),
     )
 
