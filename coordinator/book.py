@@ -10,6 +10,7 @@ from coordinator.decisions import Decision, DecisionLog, Placement
 from coordinator.events import NewRequest
 from coordinator.fleet import Fleet
 from coordinator.flight import Attempt, Flight
+from coordinator.keeping import Expected
 from coordinator.prefix_index import PrefixIndex
 from coordinator.pushes import PushLedger
 from coordinator.router import Router
@@ -87,8 +88,8 @@ class Book:
     """How often a place may have become free."""
     tenants: Tenants = field(init=False)
     stories: Stories = field(init=False)
-    _answers: dict[str, float] = field(default_factory=dict)
-    """By model: mean length of the answers of late."""
+    _answers: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By model and service class, and by model alone (""): mean length of the answers of late."""
     draining: dict[WorkerId, None] = field(default_factory=dict)
     """Workers that are being drained, in the order in which they began: looked at on every event."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
@@ -134,8 +135,18 @@ class Book:
 
     def cost(self, request: NewRequest) -> float:
         """Tokens of the prompt and of the answer that is to be expected."""
-        usual = self._answers.get(request.model, _USUAL_ANSWER)
+        usual = self._answers.get((request.model, ""), _USUAL_ANSWER)
         return len(request.tokens) + min(usual, request.sampling.max_tokens)
+
+    def expected(self, flight: Flight) -> Expected:
+        """What is still to be written of an answer, and how many requests come meanwhile."""
+        request, done = flight.request, len(flight.output)
+        most = max(request.sampling.max_tokens - done, 1)
+        usual = self._answers.get((request.model, request.sla_class), float(most))
+        # One that has come further than usual is an unusual one.
+        left = usual - done if done < usual else usual
+        least = most if request.sampling.ignore_eos else max(request.sampling.min_tokens - done, 1)
+        return Expected(answer_tokens=min(max(left, least), most), requests_per_s=self.ended_per_s)
 
     def settle(self, flight: Flight, now: float) -> None:
         """A request that was charged to its tenant has ended: what it used counts from now on."""
@@ -146,8 +157,9 @@ class Book:
         weight, more = self.tenants.weight(request.tenant), used - flight.charged
         self.queue_of(request.model).settle(request.priority, request.tenant, more, weight=weight)
         if flight.output:
-            usual = self._answers.get(request.model, float(len(flight.output)))
-            self._answers[request.model] = usual + 0.05 * (len(flight.output) - usual)
+            for kind in {(request.model, ""), (request.model, request.sla_class)}:
+                usual = self._answers.get(kind, float(len(flight.output)))
+                self._answers[kind] = usual + 0.05 * (len(flight.output) - usual)
 
     def cached_tokens(self, flight: Flight) -> dict[WorkerId, int]:
         """Of its tokens, how many workers likely have in their prefix caches; others have none, or less."""

@@ -118,6 +118,11 @@ class WorkerState:
         self._arriving.discard(attempt)
 
     @property
+    def num_placed(self) -> int:
+        """Attempts that hold a place here, to be read or to be written."""
+        return len(self.blocks_placed.keys() | self.prefill_left.keys())
+
+    @property
     def num_decoding(self) -> int:
         """Answers that are being written here, of those that were placed here."""
         return len(self.blocks_placed) - len(self._arriving)
@@ -195,9 +200,13 @@ class WorkerState:
         if beat.tokens_per_s > 0:
             self.tokens_per_s = beat.tokens_per_s
         self.pace.heard(beat)
-        if self.info.role is Role.DECODE:
-            self.latency.heard(beat)
+        self.latency.heard(beat if self.info.role is Role.DECODE else self._as_writer(beat))
         self.room_may_have_appeared()
+
+    def _as_writer(self, beat: Heartbeat) -> Heartbeat:
+        """Of a prefill worker, with the answers that it keeps: its own figures are about prompts."""
+        seqs, context = self.decoding
+        return dataclasses.replace(beat, running=seqs, waiting_tokens=context)
 
     @property
     def work_left(self) -> Work:

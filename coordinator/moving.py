@@ -48,8 +48,10 @@ def move_away(book: Book, now: float) -> list[Action]:
     """Begin the moves that can begin, for every worker that is being drained."""
     actions: list[Action] = []
     for source in [book.fleet.get(worker) for worker in book.draining]:
-        if source is None or not (source.up and source.draining and source.info.role is Role.DECODE):
+        if source is None or not (source.up and source.draining):
             continue
+        if source.info.role is Role.PREFILL and not source.blocks_placed:
+            continue  # it keeps no answer
         if source.drain_until is None:
             source.drain_until = now + book.settings.drain_timeout_s
         flights = _flights_on(book, source)

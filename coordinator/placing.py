@@ -18,7 +18,7 @@ from pdserve.core.errors import InvalidRequest
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import blocks_for
 from pdserve.core.lifecycle import Phase
-from pdserve.core.messages import RefusalReason, Refused, Reserved, StartDecode, StartPrefill
+from pdserve.core.messages import RefusalReason, Refused, Reserved, Role, StartDecode, StartPrefill
 
 _TRIES: Final = 4
 """To find a decode worker whose answers can bear one more beside them."""
@@ -29,6 +29,8 @@ def _will_never_fit(book: Book, flight: Flight, decode: WorkerState) -> bool:
 
     Twice, since what is known of a worker's blocks is as old as its last heartbeat.
     """
+    if decode.info.role is Role.PREFILL:
+        return False  # it was to keep it; decode workers have not been asked
     largest = admission.largest_decoder(book, flight.request.model)
     if largest is None or decode.info.num_blocks < largest.info.num_blocks:
         return False
@@ -97,6 +99,7 @@ def _route(book: Book, flight: Flight, goal: Goal, avoid: Collection[WorkerId]) 
         prefix_at=flight.prefix_at,
         avoid=avoid,
         cached=book.cached_tokens(flight),
+        expected=book.expected(flight),
     )
 
 

@@ -1,19 +1,23 @@
-"""Which workers get a request: decode first, then who reads it. Explainable, and repeatable from a seed."""
+"""Which workers get a request: decode first, then who reads it, or whether that one keeps it whole.
+
+Explainable, and repeatable from a seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
-from coordinator.decisions import Candidate, Choice, Placement, Rejected
+from coordinator.decisions import Candidate, Choice, Placement, Rejected, Route
 from coordinator.fleet import Fleet, WorkerState
+from coordinator.keeping import Expected, keeping_pays, kept_route, takes_whole
 from coordinator.policies import Policy, make_policy, policy_class
 from coordinator.pool import SAMPLE, WHOLE, Fits, Pool
 from coordinator.routes import exposed_s, local_pays, local_route, remote_route
 from coordinator.sla import EVIDENCE, VIOLATION_WEIGHT, Forecast, Goal, decode_score, prefill_score
-from pdserve.core.config import LocalPrefill
+from pdserve.core.config import LocalPrefill, WholeOnPrefill
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 
@@ -34,16 +38,25 @@ class _Ask:
     cached: Mapping[WorkerId, int]
     """Tokens of the prompt that are likely in a worker's prefix cache."""
     rejected: list[Rejected]
+    expected: Expected | None
+    """None: no prefill worker may keep it."""
 
 
 class Router:
     """One policy per model and role, so that turns and draws of one do not disturb another's."""
 
-    def __init__(self, policy: str, seed: int, local_prefill: LocalPrefill = LocalPrefill.AUTO) -> None:
+    def __init__(
+        self,
+        policy: str,
+        seed: int,
+        local_prefill: LocalPrefill = LocalPrefill.AUTO,
+        whole_on_prefill: WholeOnPrefill = WholeOnPrefill.NEVER,
+    ) -> None:
         """policy: a `RoutingPolicy`, or `module:Class` of one's own; raises `ConfigError` for others."""
         policy_class(policy)
         self.policy: Final = policy
         self.local_prefill: Final = local_prefill
+        self.whole_on_prefill: Final = whole_on_prefill
         self._seed = seed
         self._policies: dict[tuple[str, Role], Policy] = {}
 
@@ -58,14 +71,18 @@ class Router:
         prefix_at: WorkerId | None = None,
         avoid: Collection[WorkerId] = (),
         cached: Mapping[WorkerId, int] = MappingProxyType({}),
+        expected: Expected | None = None,
     ) -> Placement | None:
         """Workers for a prompt of `tokens`, or None while no decode worker takes requests.
+
+        A prefill worker may keep it whole (`coordinator.keeping`): it is then named as the decode worker.
 
         `prefer`: where the first sample of the same prompt went, taken again while possible. `avoid`: workers
         that failed this request before: of decode workers, taken only when there is no other; of prefill
         workers never, as the decode worker can read the prompt itself. `prefix_at`: a prefill worker that has
         read this prompt before, taken unless it is busier than another would be with reading it all.
-        `cached`: tokens of the prompt that are likely in a worker's prefix cache.
+        `cached`: tokens of the prompt that are likely in a worker's prefix cache. `expected`: without it no
+        prefill worker keeps it.
         """
         has = dict(cached)
         if prefix_at is not None:
@@ -73,18 +90,33 @@ class Router:
         if prefer is not None:
             # The first sample has left the prompt in the caches of its workers.
             has |= {choice.worker: tokens for choice in (prefer.decode, prefer.prefill) if choice}
-        ask = _Ask(model=model, tokens=tokens, goal=goal, prefer=prefer, avoid=avoid, cached=has, rejected=[])
+        if self.whole_on_prefill is WholeOnPrefill.NEVER or self.local_prefill is LocalPrefill.ALWAYS:
+            expected = None
+        ask = _Ask(
+            model=model,
+            tokens=tokens,
+            goal=goal,
+            prefer=prefer,
+            avoid=avoid,
+            cached=has,
+            rejected=[],
+            expected=expected,
+        )
+        keeper = self._keeper_of(fleet, prefer, tokens)
+        if keeper is not None:
+            return self._keep(ask, keeper, (), "follows the first sample")
         prefills = fleet.pool(model, Role.PREFILL)
         reads = not prefills.any(lambda w: w.takes_prompts() and w.id not in avoid)
         decode = self._choose_decode(fleet, ask, reads=reads or self.local_prefill is LocalPrefill.ALWAYS)
         if decode is None:
-            return None
+            keeper = self._choose_keeper(fleet, ask, idle=True)
+            return None if keeper is None else self._keep(ask, keeper, (), "no decode worker has room")
         if reads or self.local_prefill is LocalPrefill.ALWAYS:
             return self._local(fleet, ask, decode, "there is no other" if reads else "as configured")
         prefill = self._choose_prefill(fleet, ask, prefix_at, decode.worker)
         if prefill is None:
             return self._local(fleet, ask, decode, "no prefill worker's KV gets there")
-        return self._cheaper(fleet, ask, decode, prefill)
+        return self._kept_if_cheaper(fleet, ask, self._cheaper(fleet, ask, decode, prefill))
 
     def place_move(self, fleet: Fleet, source: WorkerState, tokens: int) -> Choice | None:
         """A decode worker with room, and with blocks of the same size, for a request of `source`; or None."""
@@ -143,7 +175,9 @@ class Router:
             return Candidate(worker.id, VIOLATION_WEIGHT * violation + load, violation, load, cached)
 
         followed = self._followed(
-            fleet, ask.prefer.decode if ask.prefer else None, lambda w: w.takes_decode()
+            fleet,
+            ask.prefer.decode if ask.prefer else None,
+            lambda w: w.takes_decode() and w.info.role is Role.DECODE,
         )
         if followed is not None:
             return Choice(followed.id, (scored(followed),), "follows the first sample")
@@ -253,6 +287,57 @@ class Router:
         if local_pays(local, remote):
             return Placement(decode, None, (local, remote), rejected, "cheaper to read there")
         return Placement(decode, prefill, (remote, local), rejected, "cheaper to move its KV")
+
+    # --- whether the prefill worker keeps it --------------------------------------------------------
+
+    def _choose_keeper(self, fleet: Fleet, ask: _Ask, *, idle: bool) -> WorkerState | None:
+        """The prefill worker that keeps the least so far, then reads the least; None: none has room.
+
+        idle: one that reads nothing, or none.
+        """
+        if ask.expected is None:
+            return None
+
+        def fits(worker: WorkerState) -> bool:
+            free = not (idle and worker.prefill_left)
+            return free and worker.id not in ask.avoid and takes_whole(worker, ask.tokens)
+
+        found = fleet.pool(ask.model, Role.PREFILL).least(_HOLDERS, fits, thorough=idle)
+        return min(found, key=lambda w: (w.num_placed, w.prefill_wait_s(0), w.id), default=None)
+
+    def _keeper_of(self, fleet: Fleet, prefer: Placement | None, tokens: int) -> WorkerState | None:
+        """The prefill worker that keeps the first sample, if it takes another."""
+        worker = None if prefer is None else fleet.get(prefer.decode.worker)
+        keeps = worker is not None and worker.info.role is Role.PREFILL and takes_whole(worker, tokens)
+        return worker if keeps else None
+
+    def _kept_if_cheaper(self, fleet: Fleet, ask: _Ask, other: Placement) -> Placement:
+        keeper, writer = self._choose_keeper(fleet, ask, idle=False), fleet.get(other.decode.worker)
+        if keeper is None or ask.expected is None or writer is None or other.route is None:
+            return other
+        kept = kept_route(keeper, ask.tokens, ask.goal, cached=ask.cached.get(keeper.id, 0))
+        readers = len(fleet.pool(ask.model, Role.PREFILL).workers)
+        if keeping_pays(
+            kept,
+            other.route,
+            keeper=keeper,
+            writer=writer,
+            tokens=ask.tokens,
+            expected=ask.expected,
+            num_readers=readers,
+        ):
+            return self._keep(ask, keeper, other.routes, "cheaper to keep it whole", kept)
+        return replace(other, routes=(*other.routes, kept))
+
+    def _keep(
+        self, ask: _Ask, keeper: WorkerState, others: tuple[Route, ...], why: str, kept: Route | None = None
+    ) -> Placement:
+        cached = ask.cached.get(keeper.id, 0)
+        route = kept or kept_route(keeper, ask.tokens, ask.goal, cached=cached)
+        candidate = Candidate(keeper.id, route.cost, route.violation, keeper.decode_load(ask.tokens), cached)
+        return Placement(
+            Choice(keeper.id, (candidate,), why), None, (route, *others), tuple(ask.rejected), why
+        )
 
 
 def _by_load(worker: WorkerState, load: float) -> Candidate:

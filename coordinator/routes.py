@@ -71,7 +71,8 @@ def remote_route(
         ttft_std_s=fit.std(work.features),
         late_s=exposed_s(links, prefill, decode.id, size_bytes),
         alone_s=alone_s,
-        others_s=alone_s * len(prefill.prefill_left),
+        # Answers that it keeps pause for it.
+        others_s=alone_s * (len(prefill.prefill_left) + prefill.num_decoding),
         spoilt=0.0,
         reads=False,
     )

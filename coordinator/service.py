@@ -271,7 +271,7 @@ class _Running:
 def make_registry(config: ServeConfig, *, record: str | None = None) -> Registry:
     """As the configuration has it; `record`: a file for what it is told. Raises `ConfigError`."""
     settings = config.coordinator
-    router = Router(settings.policy, config.seed, settings.local_prefill)
+    router = Router(settings.policy, config.seed, settings.local_prefill, settings.whole_on_prefill)
     if record is None:
         return Registry(_registry_settings(config), router)
     return RecordingRegistry(_registry_settings(config), router, Path(record), config.model_dump_json())

@@ -48,7 +48,7 @@ def take_snapshot(registry: Registry) -> CoordinatorSnapshot:
             up=worker.up,
             redialling=worker.redialling,
             draining=worker.draining,
-            placed=len(worker.blocks_placed) if worker.info.role is Role.DECODE else len(worker.prefill_left),
+            placed=worker.num_placed,
             heartbeat=worker.heartbeat,
         )
         for worker in sorted(registry.fleet, key=lambda w: w.id)

@@ -10,7 +10,6 @@ from coordinator.console.watch import WINDOW_S, ConsoleWatch, Ended
 from coordinator.fleet import WorkerState
 from coordinator.planner.proposal import Proposal
 from coordinator.registry import Registry
-from pdserve.core.messages import Role
 
 RECENT: Final = 50
 
@@ -70,7 +69,7 @@ def _worker(worker: WorkerState) -> Json:
         "epoch": worker.info.epoch,
         "up": worker.up,
         "standing": _standing(worker),
-        "placed": len(worker.blocks_placed if worker.info.role is Role.DECODE else worker.prefill_left),
+        "placed": worker.num_placed,
     }
     if beat is None:
         return shown

@@ -51,6 +51,13 @@ class LocalPrefill(StrEnum):
     ALWAYS = "always"
 
 
+class WholeOnPrefill(StrEnum):
+    """Whether prefill workers keep requests whole, and write the answers too."""
+
+    AUTO = "auto"
+    NEVER = "never"
+
+
 class Admission(StrEnum):
     """Which requests are refused at once because no placement can serve them in time."""
 
@@ -132,6 +139,9 @@ class CoordinatorSettings(Frozen):
     local_prefill: LocalPrefill = LocalPrefill.AUTO
     """Whether a decode worker reads a prompt itself although there are prefill workers. auto: where it is
     predicted to be cheaper, such as while prompts queue and the decode worker has little to do."""
+    whole_on_prefill: WholeOnPrefill = WholeOnPrefill.AUTO
+    """Whether a prefill worker keeps a request whole, prompt and answer. auto: where that is predicted to be
+    cheaper, such as a short answer while decode workers have much to write; and where none has room."""
     admission: Annotated[Admission, BeforeValidator(off)] = Admission.DEADLINE
     """With policy sla: refuse at once, with RESOURCE_EXHAUSTED and when to come back, a request whose first
     token cannot come before its deadline (ttft: or its TTFT target), whoever serves it. targets: as ttft,

@@ -73,7 +73,8 @@ async def deployed(
     access: the client's; keys: API keys from elsewhere than a file.
     """
     config = ServeConfig(
-        coordinator=CoordinatorSettings(**{"port": 0, **settings}), security=security or SecuritySettings()
+        coordinator=CoordinatorSettings(**{"port": 0, "whole_on_prefill": "never", **settings}),
+        security=security or SecuritySettings(),
     )
     model = ServedModel.from_dir(make_scripted_model(folder / "model", chat=chat), name="scripted")
     coordinator = Coordinator(config, [model], keys=keys)

@@ -48,11 +48,11 @@ from kvtransfer.protocol import (
     Push,
     PushEnded,
 )
-from pdserve.core.config import RoutingPolicy
+from pdserve.core.config import RoutingPolicy, WholeOnPrefill
 from pdserve.core.errors import PdServeError
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
-from pdserve.core.messages import ConnectPeer, Down, Hello, Role, Up, WorkerInfo
+from pdserve.core.messages import ConnectPeer, Down, Hello, Role, StartDecode, Up, WorkerInfo
 from pdserve.core.sampling import SamplingParams
 from pdserve.elastic.scheduler import ElasticScheduler
 from pdserve.engine.batch import Sampled
@@ -230,7 +230,12 @@ class SimulatedCluster:
     # --- the coordinator ----------------------------------------------------------------------------
 
     def _new_registry(self) -> Registry:
-        return Registry(SETTINGS, Router(RoutingPolicy.POWER_OF_TWO, seed=self.random.randrange(1000)))
+        router = Router(
+            RoutingPolicy.POWER_OF_TWO,
+            seed=self.random.randrange(1000),
+            whole_on_prefill=WholeOnPrefill.AUTO,
+        )
+        return Registry(SETTINGS, router)
 
     def tell(self, event: CoordinatorEvent) -> None:
         for action in self.registry.handle(event, self.now):
@@ -242,6 +247,8 @@ class SimulatedCluster:
                 process = self.processes[worker]
                 assert process.linked, f"{message} was sent to {worker}, which is down"
                 process.down.append(message)
+                if isinstance(message, StartDecode) and process.info.role is Role.PREFILL:
+                    self.counts["kept whole"] += 1
             case Emit(request=request, tokens=tokens):
                 assert request not in self.ends, f"{request}: output after its end"
                 asked, output = self.requests[request], self.output[request]
