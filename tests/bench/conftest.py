@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from pdserve.core.proto.pdserve.v1 import generation_pb2 as pb
 from pdserve.core.proto.pdserve.v1 import generation_pb2_grpc
+from tests.support.certificates import Pair
 
 Gate = Callable[[], Awaitable[None]]
 
@@ -61,10 +63,15 @@ class FakeService(generation_pb2_grpc.GenerationServicer):
 
 
 @contextlib.asynccontextmanager
-async def grpc_server(service: FakeService) -> AsyncIterator[str]:
+async def grpc_server(service: FakeService, pair: Pair | None = None) -> AsyncIterator[str]:
+    """pair: TLS with this certificate."""
     server = grpc.aio.server()
     generation_pb2_grpc.add_GenerationServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if pair is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        ours = [(pair.key.read_bytes(), pair.cert.read_bytes())]
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(ours))
     await server.start()
     try:
         yield f"127.0.0.1:{port}"
@@ -132,18 +139,22 @@ async def _send(response: web.StreamResponse, event: dict[str, object]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def openai_server(fake: FakeOpenAi) -> AsyncIterator[str]:
+async def openai_server(fake: FakeOpenAi, pair: Pair | None = None) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get("/v1/models", fake.models)
     app.router.add_post("/v1/completions", fake.completions)
     app.router.add_post("/v1/chat/completions", fake.completions)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    tls = None
+    if pair is not None:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(pair.cert, pair.key)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
     try:
         port = runner.addresses[0][1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{port}"
     finally:
         await runner.cleanup()
 
@@ -165,19 +176,19 @@ class Stall:
 @pytest.fixture
 def fake_grpc() -> tuple[FakeService, Callable[..., contextlib.AbstractAsyncContextManager[str]]]:
     service = FakeService()
-    return service, lambda: grpc_server(service)
+    return service, lambda pair=None: grpc_server(service, pair)
 
 
 @pytest.fixture
 def fake_openai() -> tuple[FakeOpenAi, Callable[..., contextlib.AbstractAsyncContextManager[str]]]:
     fake = FakeOpenAi()
-    return fake, lambda: openai_server(fake)
+    return fake, lambda pair=None: openai_server(fake, pair)
 
 
 @pytest.fixture
 def another_openai() -> tuple[FakeOpenAi, Callable[..., contextlib.AbstractAsyncContextManager[str]]]:
     fake = FakeOpenAi()
-    return fake, lambda: openai_server(fake)
+    return fake, lambda pair=None: openai_server(fake, pair)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from pdserve.bench.records import Trial
 from pdserve.bench.scenario import Scenario, SystemSpec, parse_scenario, with_endpoint_key
 from pdserve.bench.workload import ServerLimits, build_workload
 from pdserve.client import Access
-from pdserve.core.errors import ConfigError, PdServeError
+from pdserve.core.errors import ConfigError, PdServeError, WorkerLost
+from tests.support.certificates import Authority
 
 IDS = tuple(range(1000, 1048))
 HELLO = Ask(turns=[Said(role=Role.USER, token_ids=IDS)], output_tokens=5)
@@ -162,6 +164,25 @@ def test_keys_go_to_the_servers_they_are_for(fake_grpc: Any, fake_openai: Any) -
     assert fake_openai[0].keys == ["Bearer k1"]
     assert fake_grpc[0].keys == ["Bearer k2", "Bearer k3"]
     assert "own" not in repr(scenario)
+
+
+def test_both_protocols_are_asked_over_tls(fake_grpc: Any, fake_openai: Any, tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "ours")
+    pair = authority.issue("server")
+
+    async def main() -> None:
+        async with fake_openai[1](pair) as address:
+            assert await asked(address, ca_file=authority.file)
+            with pytest.raises(WorkerLost, match="certificate"):
+                await asked(address)
+        async with fake_grpc[1](pair) as address:
+            for of_one, of_all in ((authority.file, None), (None, authority.file)):
+                spec = SystemSpec(name="g", address=address, ca_file=of_one)
+                driver = make_driver(spec, address, Access(ca_file=of_all))
+                assert (await driver.limits()).vocab_size == 512
+                await driver.close()
+
+    asyncio.run(main())
 
 
 def test_an_endpoint_without_a_list_of_models_wants_the_name(fake_openai: Any) -> None:

@@ -258,7 +258,7 @@ def _ratios(run: Run) -> HeatMap | None:
         place = system.prefill, system.decode
         # Two with other settings: the better one stands for the arrangement.
         found[place] = max(filter(None, (found.get(place), rate)), default=None)
-    if len(found) < 2:
+    if len(found) < 2 or not any(found.values()):
         return None
     prefills = sorted({p for p, _ in found})
     decodes = sorted({d for _, d in found})
