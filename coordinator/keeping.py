@@ -70,7 +70,9 @@ def keeping_pays(
     if expected.answer_tokens > SHORT_TOKENS:
         return False
     fit, scale = _writing_fit(keeper, writer, tokens)
-    there_s = other.cost + _writing_s(writer.latency.decode, writer, tokens, expected)
+    # One of which nothing is known, as after its restart, is taken to be as fast.
+    there = fit if writer.latency.decode.count < _KNOWN else writer.latency.decode
+    there_s = other.cost + _writing_s(there, writer, tokens, expected)
     rate = expected.requests_per_s / max(num_readers, 1)
     here_s = scale * _writing_s(fit, keeper, tokens, expected) / (1 - min(rate * kept.alone_s, _BUSIEST))
     # As many prompts will come behind this one as wait now, and answers pause while they are read.

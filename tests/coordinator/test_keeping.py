@@ -10,6 +10,7 @@ import pytest
 from coordinator.decisions import Placement
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.keeping import SHORT_TOKENS, Expected
+from coordinator.latency import LatencyModel
 from coordinator.router import Router
 from pdserve.core.config import LocalPrefill, RoutingPolicy, WholeOnPrefill
 from pdserve.core.ids import WorkerId
@@ -148,6 +149,14 @@ def test_how_fast_a_prefill_worker_writes_is_learned_from_what_it_keeps() -> Non
         prefill.heard(replace(model.heartbeat(), steps=10 * steps, busy_s=0.4 * steps))
     assert prefill.latency.decode.count >= 5
     assert prefill.latency.step_s(*prefill.batch) == pytest.approx(0.04, rel=0.2)
+
+
+def test_a_decode_worker_that_is_new_is_taken_to_be_as_fast() -> None:
+    prefill, decode, fleet = pair()
+    for running in range(1, 20):
+        prefill.latency.decode.learn((1, running, 160 * running), 0.001)
+    decode.latency = LatencyModel()  # which believes in 10 ms a step
+    assert not is_kept(placed(fleet))
 
 
 def test_prompts_alone_teach_nothing_of_writing() -> None:
