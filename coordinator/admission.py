@@ -182,6 +182,8 @@ def hopeless(book: Book, request: NewRequest, now: float) -> Overloaded | None:
         return None  # too little is known
     queue_s = book.queue_wait_s(request.model, request.priority)
     soonest += queue_s if deviations > 0 else queue_s / 2
+    if what is Overload.TTFT_TARGET:
+        soonest *= book.margins_of(request.model).ttft
     if soonest <= limit_s:
         return None
     reason = f"request {request.id}: its first token would take {soonest:.2f} s"
@@ -198,7 +200,7 @@ def broken_promise(book: Book, flight: Flight, placement: Placement, now: float)
     route = placement.route
     if route is None or _has_begun(flight) or not _keeps_targets(book, Admission.TTFT, Admission.TARGETS):
         return None
-    late_s = now + route.ttft_s - flight.due
+    late_s = now + route.ttft_s * book.margins_of(flight.request.model).ttft - flight.due
     reader = book.fleet.get(route.prefill or route.decode)
     if late_s <= 0 or reader is None or reader.latency.prefill.count < EVIDENCE:
         return None
@@ -211,12 +213,13 @@ def disturbs(book: Book, flight: Flight, worker: WorkerState | None) -> bool:
     """With it in the batch, answers that run there, or its own, would miss their TPOT targets."""
     if worker is None or not worker.num_decoding or not _keeps_targets(book, Admission.TARGETS):
         return False
-    if worker.latency.decode.count < EVIDENCE:
+    if worker.latency.num_steps < EVIDENCE:
         return False
     own_s = math.inf if flight.request.tpot_target_s is None else flight.request.tpot_target_s
     batch = worker.batch_with(flight.num_tokens)
-    step_s = worker.latency.step_s(*batch) + _TARGET_DEVIATIONS * worker.latency.decode.std((1.0, *batch))
-    return step_s > min(own_s, worker.tpot_targets[0])
+    step_s = worker.latency.step_s(*batch) + worker.latency.reading_adds_s
+    step_s += _TARGET_DEVIATIONS * worker.latency.decode.std((1.0, *batch))
+    return step_s * book.margins_of(flight.request.model).tpot > min(own_s, worker.tpot_targets[0])
 
 
 def _keeps_targets(book: Book, *modes: Admission) -> bool:

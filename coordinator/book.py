@@ -12,6 +12,7 @@ from coordinator.fleet import Fleet
 from coordinator.flight import Attempt, Flight
 from coordinator.keeping import Expected
 from coordinator.prefix_index import PrefixIndex
+from coordinator.promises import Margins
 from coordinator.pushes import PushLedger
 from coordinator.router import Router
 from coordinator.sla import Goal
@@ -90,6 +91,8 @@ class Book:
     stories: Stories = field(init=False)
     _answers: dict[tuple[str, str], float] = field(default_factory=dict)
     """By model and service class, and by model alone (""): mean length of the answers of late."""
+    margins: dict[str, Margins] = field(default_factory=dict)
+    """By model: how far its predictions are trusted."""
     draining: dict[WorkerId, None] = field(default_factory=dict)
     """Workers that are being drained, in the order in which they began: looked at on every event."""
     no_decode_since: dict[str, float] = field(default_factory=dict)
@@ -129,6 +132,12 @@ class Book:
             and now < held.until
             and (held.releases == self.releases)
         )
+
+    def margins_of(self, model: str) -> Margins:
+        margins = self.margins.get(model)
+        if margins is None:
+            margins = self.margins[model] = Margins()
+        return margins
 
     def queue_of(self, model: str) -> WaitingQueue:
         return self.waiting.setdefault(model, WaitingQueue())

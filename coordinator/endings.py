@@ -8,6 +8,7 @@ from coordinator.account import close_leg, reason_of
 from coordinator.book import Book
 from coordinator.events import Action, End, Send
 from coordinator.flight import Attempt, Flight
+from pdserve.core.config import Admission
 from pdserve.core.errors import ErrorCode, PdServeError, RequestCancelled
 from pdserve.core.ids import WorkerId
 from pdserve.core.lifecycle import Phase
@@ -206,6 +207,8 @@ def end(
         book.followers[flight.leader].remove(flight.id)
     if phase is not Phase.REJECTED:  # which had no place to leave
         book.count_end(now)
+    if phase is Phase.FINISHED and book.settings.admission is not Admission.OFF:
+        book.margins_of(report.model).kept(report)
     book.settle(flight, now)
     if flight.story is not None:
         flight.story.report, flight.story.outcome = report, outcome

@@ -3,10 +3,13 @@
     prefill   seconds = a * prompts + b * tokens + c * (tokens x context)   every step that ends, as heard
     decode    seconds = d + e * sequences + f * context tokens               a step, from heartbeats
     exposed   seconds = g + h * bytes                                        KV under way after prefill ended
+    mixed     seconds = i * steps + j * tokens + k * (tokens x context)      steps that read and write
+                        + steps x (l * sequences + m * context tokens)
 
-A decode worker that reads prompts takes both at once. Its decode is learned from heartbeats between which it
-read nothing, its prefill from steps less what its answers take of them; how much longer its steps are on
-average for what it reads is kept beside them.
+A decode worker that reads prompts takes both at once. What a step of both takes is learned as one, since a
+fused pass takes less than the two: a prompt takes as many of them as it has chunks, whose size is learned
+too. Its decode is learned from heartbeats between which it read nothing, its prefill from steps less what its
+answers take of them; how much longer its steps are on average for what it reads is kept beside them.
 
 Prefill is additive in its features, so that the time until a whole queue has been read is one product with
 the queue's sums. It is learned from what passes between two frames of a busy worker, not from the time that
@@ -15,6 +18,7 @@ a prompt says it took: prompts share steps, and each counts the whole of it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,10 +31,18 @@ ASSUMED_TOKENS_PER_S: Final = 1000.0
 _PREFILL_PRIOR: Final = (100 / ASSUMED_TOKENS_PER_S, 1 / ASSUMED_TOKENS_PER_S, 5e-5 / ASSUMED_TOKENS_PER_S)
 _DECODE_PRIOR: Final = (1e-2, 1e-4, 1e-7)
 _EXPOSED_PRIOR: Final = (1e-3, 1e-9)
+_MIXED_PRIOR: Final = (_DECODE_PRIOR[0], *_PREFILL_PRIOR[1:], *_DECODE_PRIOR[1:])
+_CHUNK_TOKENS: Final = 512.0
+"""Of prompts that a decode worker reads in one step, until it is known; the default of
+`decode.max_num_batched_tokens`."""
+_MIXED_KNOWN: Final = 5
+"""Steps with prompts and answers before they are predicted as one."""
 _LEAST_READING: Final = 0.25
 """Of a step in which a prompt was read, that the reading took at least."""
 _TRACK: Final = 0.1
 """Of the newest heartbeat in the moving average of what reading adds to a step."""
+_PAUSE_S: Final = 0.25
+"""In which answers make up for most of a pause."""
 _SAME_FRAME_S: Final = 5e-4
 """Messages of one step come in one frame and are handled within this time."""
 
@@ -75,17 +87,21 @@ class _Steps:
     work: Work = field(default_factory=Work)
     spoiled: bool = False
     """Some of what the time since `since` went into was never told."""
+    cut: bool = False
+    """A prompt did not fit into the step as a whole: it read as much as it may."""
 
-    def close(self, now: float) -> tuple[float, Work] | None:
-        """The last frame's seconds and work, once what is heard at `now` cannot belong to it."""
+    def close(self, now: float) -> tuple[float, Work, bool] | None:
+        """The last frame's seconds, its work and whether it was cut, once what is heard at `now` cannot
+        belong to it."""
         if self.frame is None or now - self.frame <= _SAME_FRAME_S:
             return None
-        seconds, work, spoiled = self.frame - self.since, self.work, self.spoiled
+        seconds, work, spoiled, cut = self.frame - self.since, self.work, self.spoiled, self.cut
         self.begin(self.frame)
-        return None if spoiled else (seconds, work)
+        return None if spoiled else (seconds, work, cut)
 
     def begin(self, since: float) -> None:
-        self.since, self.frame, self.work, self.spoiled = since, None, Work(), False
+        self.since, self.frame, self.work = since, None, Work()
+        self.spoiled = self.cut = False
 
 
 class LatencyModel:
@@ -97,8 +113,14 @@ class LatencyModel:
         self.prefill: LinearFit = _fit(_PREFILL_PRIOR, None if like is None else like.prefill)
         self.decode: LinearFit = _fit(_DECODE_PRIOR, None if like is None else like.decode)
         self.exposed: LinearFit = _fit(_EXPOSED_PRIOR, None if like is None else like.exposed)
+        self.mixed: LinearFit = _fit(_MIXED_PRIOR, None if like is None else like.mixed)
+        self.chunk_tokens: float = _CHUNK_TOKENS if like is None else like.chunk_tokens
+        """Of prompts, that a decode worker reads in one step at most."""
         self.reading_adds_s = 0.0
-        """To an average step of late, for the prompts that were read in between."""
+        """To an average step of late, for the prompts that were read in between. Below zero where steps
+        without any have never been seen, so that what they take was guessed too high."""
+        self.paused_s = 0.0
+        """That answers waited of late for prompts that were read in between."""
         self._steps = _Steps()
         self._read_since_beat = False
         self._decoding: tuple[int, int] = (0, 0)
@@ -107,7 +129,17 @@ class LatencyModel:
 
     def fits(self) -> dict[str, LinearFit]:
         """By what they predict."""
-        return {"prefill": self.prefill, "decode": self.decode, "transfer": self.exposed}
+        return {
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "mixed": self.mixed,
+            "transfer": self.exposed,
+        }
+
+    @property
+    def num_steps(self) -> int:
+        """With answers in them, that it has learned from."""
+        return self.decode.count + self.mixed.count
 
     # --- what it learns from --------------------------------------------------------------------------
 
@@ -139,6 +171,7 @@ class LatencyModel:
             del steps.reading[attempt]
         else:
             steps.reading[attempt] = (tokens_done, known[1])
+            steps.cut = True
 
     def prompt_read(self, attempt: AttemptId, now: float) -> None:
         known = self._steps.reading.get(attempt)
@@ -154,10 +187,20 @@ class LatencyModel:
         step = self._steps.close(now)
         if step is None or step[0] <= _SAME_FRAME_S:
             return
-        seconds = step[0]
-        if self._decoding[0] and self.decode.count:
-            seconds = max(seconds - self.step_s(*self._decoding), seconds * _LEAST_READING)
-        self.prefill.learn(step[1].features, seconds)
+        seconds, work, cut = step
+        if self._decoding[0]:
+            self.mixed.learn((1, work.tokens, work.pairs, *self._decoding), seconds)
+            if cut:
+                self.chunk_tokens += _TRACK * (work.tokens - self.chunk_tokens)
+            whole_s = seconds
+            if self.decode.count:
+                seconds = max(seconds - self.step_s(*self._decoding), seconds * _LEAST_READING)
+            self._paused(seconds, whole_s)
+        self.prefill.learn(work.features, seconds)
+
+    def _paused(self, seconds: float, whole_s: float) -> None:
+        """Answers waited `seconds` for prompts in a step of `whole_s`, and made up for some before."""
+        self.paused_s = self.paused_s * math.exp(-whole_s / _PAUSE_S) + seconds
 
     def heard(self, beat: Heartbeat) -> None:
         """Of a decode worker: its average step since the heartbeat before, with the batch that it has."""
@@ -172,10 +215,11 @@ class LatencyModel:
             return
         batch = (1, beat.running, beat.waiting_tokens)
         if read and self.decode.count:
-            more_s = max(step_s - self.decode.predict(batch), 0.0)
+            more_s = step_s - self.decode.predict(batch)
             self.reading_adds_s += _TRACK * (more_s - self.reading_adds_s)
         else:
             self.reading_adds_s *= 1 - _TRACK
+            self.paused_s = 0.0
             self.decode.learn(batch, step_s)
 
     def transferred(self, done: TransferDone) -> None:
@@ -187,6 +231,15 @@ class LatencyModel:
     def prefill_s(self, work: Work) -> float:
         """Until all of `work` has been read."""
         return self.prefill.predict(work.features)
+
+    def beside_s(self, work: Work, seqs: int, context_tokens: float) -> tuple[float, float]:
+        """(Seconds, standard deviation) until all of `work` has been read in steps of this batch."""
+        steps = math.ceil(work.tokens / max(self.chunk_tokens, 1.0))
+        if self.mixed.count < _MIXED_KNOWN:
+            alone_s = self.prefill.predict(work.features) + steps * self.step_s(seqs, context_tokens)
+            return alone_s, self.prefill.std(work.features)
+        features = (steps, work.tokens, work.pairs, steps * seqs, steps * context_tokens)
+        return self.mixed.predict(features), self.mixed.std(features)
 
     def step_s(self, seqs: int, context_tokens: float) -> float:
         return self.decode.predict((1, seqs, context_tokens))

@@ -90,7 +90,9 @@ def prefill_done(
     if reader is not None:
         reader.prefill_reached(attempt.id, 0)
         reader.latency.prompt_read(attempt.id, now)
-        if attempt.prefill is not None and book.pushes.is_open(attempt.id):
+        if attempt.prefill is None:
+            reader.decodes(attempt.id)
+        elif book.pushes.is_open(attempt.id):
             size_bytes = (flight.num_tokens - attempt.cached_tokens) * reader.kv_token_bytes
             book.fleet.links.begun(reader.id, attempt.id, size_bytes)
     actions: list[Action] = []

@@ -21,11 +21,15 @@ from coordinator.fleet import WorkerState
 from coordinator.latency import Work
 from coordinator.linear_fit import LinearFit
 from coordinator.links import Links
-from coordinator.sla import VIOLATION_WEIGHT, Goal, late, step_s, steps_between_s, work_until
+from coordinator.sla import VIOLATION_WEIGHT, Goal, late, reading, step_s, steps_between_s, work_until
 from pdserve.core.ids import WorkerId
 
 WINDOW_TOKENS: Final = 32
 """Of a running answer, over which a pause may be made up for."""
+PAUSE_TOKENS: Final = 8
+"""That an answer which pauses for a prompt has to make up for it: many answers are short."""
+LEAST_SPARE: Final = 0.02
+"""Part of a TPOT target that is taken to be left at least."""
 _KNOWN: Final = 5
 """Prompts that a decode worker must have read before its own speed counts; until then, a prefill worker's."""
 MOST_TIMES_SLOWER: Final = 2.0
@@ -59,7 +63,7 @@ def remote_route(
     """cached: of the prompt at the prefill worker. What the decode worker has is not moved."""
     fit = prefill.latency.prefill
     work = work_until(prefill, tokens, goal, cached)
-    ttft_s = fit.predict(work.features) + steps_between_s(prefill, work.tokens)
+    ttft_s, ttft_std_s = reading(prefill, work)
     size_bytes = max(tokens - cached_at_decode, 0) * decode.kv_token_bytes
     alone_s = fit.predict(Work.of(min(cached, tokens - 1), tokens, ends=True).features)
     return _route(
@@ -68,13 +72,12 @@ def remote_route(
         tokens,
         goal,
         ttft_s=ttft_s,
-        ttft_std_s=fit.std(work.features),
+        ttft_std_s=ttft_std_s,
         late_s=exposed_s(links, prefill, decode.id, size_bytes),
         alone_s=alone_s,
         # Answers that it keeps pause for it.
         others_s=alone_s * (len(prefill.prefill_left) + prefill.num_decoding),
         spoilt=0.0,
-        reads=False,
     )
 
 
@@ -87,20 +90,39 @@ def local_route(
     fit, scale = _reading_fit(decode, like, prompt)
     work = work_until(decode, tokens, goal, cached)
     alone_s = scale * fit.predict(prompt.features)
+    if fit is decode.latency.prefill and scale == 1.0:
+        ttft_s, ttft_std_s = reading(decode, work)
+    else:
+        ttft_s = scale * fit.predict(work.features) + steps_between_s(decode, work.tokens)
+        ttft_std_s = scale * fit.std(work.features)
     others = decode.num_decoding + decode.num_arriving / 2 + len(decode.prefill_left)
+    others *= _weight(decode)
     return _route(
         None,
         decode,
         tokens,
         goal,
-        ttft_s=scale * fit.predict(work.features) + steps_between_s(decode, work.tokens),
-        ttft_std_s=scale * fit.std(work.features),
+        ttft_s=ttft_s,
+        ttft_std_s=ttft_std_s,
         late_s=0.0,
         alone_s=alone_s,
         others_s=alone_s * others,
         spoilt=_spoilt(decode, alone_s + scale * fit.predict(decode.work_left.features)),
-        reads=like is None,
     )
+
+
+def _weight(decode: WorkerState) -> float:
+    """Of a second that an answer there waits: the less its TPOT target leaves to spare, the more it costs, as
+    it takes that from those who could be written beside it. One where nobody has a target.
+    """
+    tightest_s, count = decode.tpot_targets
+    if not count:
+        return 1.0
+    share = min(count / max(len(decode.blocks_placed), 1), 1.0)
+    batch = decode.batch
+    step_s = decode.latency.step_s(*batch) + decode.latency.decode.std((1, *batch))
+    spare = max(1 - step_s / tightest_s, LEAST_SPARE) if tightest_s > 0 else LEAST_SPARE
+    return 1 - share + share / spare
 
 
 def _reading_fit(decode: WorkerState, like: WorkerState | None, prompt: Work) -> tuple[LinearFit, float]:
@@ -131,9 +153,13 @@ def _spoilt(decode: WorkerState, reading_s: float) -> float:
     tightest_s, count = decode.tpot_targets
     if not count:
         return 0.0
-    step = decode.latency.step_s(*decode.batch)
+    batch, latency = decode.batch, decode.latency
+    step = latency.step_s(*batch) + latency.decode.std((1, *batch))
+    before_s = max(latency.reading_adds_s, latency.paused_s / PAUSE_TOKENS)
     # Late as they may be anyway, this is not what spoils them.
-    return count * max(late(step + reading_s / WINDOW_TOKENS, tightest_s) - late(step, tightest_s), 0.0)
+    return count * max(
+        late(step + before_s + reading_s / PAUSE_TOKENS, tightest_s) - late(step + before_s, tightest_s), 0.0
+    )
 
 
 def _route(
@@ -148,10 +174,9 @@ def _route(
     alone_s: float,
     others_s: float,
     spoilt: float,
-    reads: bool,
 ) -> Route:
     batch = decode.batch_with(tokens)
-    tpot_s = step_s(decode, tokens, reads=reads) + late_s / max(min(goal.answer_tokens, WINDOW_TOKENS), 1)
+    tpot_s = step_s(decode, tokens) + late_s / max(min(goal.answer_tokens, WINDOW_TOKENS), 1)
     violation = late(ttft_s, goal.ttft_s) + late(tpot_s, goal.tpot_s) + spoilt
     return Route(
         prefill=None if prefill is None else prefill.id,

@@ -2,7 +2,7 @@
 
     TTFT of a prompt at P   P reads what is ahead of it and then it; prompts are read in the order of
                             their deadlines, so only those that are due no later are ahead
-    TTFT of a prompt at D   the same, and a step of D's answers goes with each chunk
+    TTFT of a prompt at D   the same in D's chunks, each in one step with D's answers
     TPOT at D               a step of D's batch with this request in it
 
 A score is `violation x 1000 + load`: violation is by how much of its target a prediction is late, 0 in time.
@@ -17,12 +17,9 @@ from typing import Final
 
 from coordinator.fleet import WorkerState
 from coordinator.latency import Work
-from coordinator.linear_fit import LinearFit
 from pdserve.core.messages import Role
 
 VIOLATION_WEIGHT: Final = 1e3
-CHUNK_TOKENS: Final = 512
-"""Of a prompt that a decode worker reads in one step; the default of `decode.max_num_batched_tokens`."""
 EVIDENCE: Final = 10
 """Steps that a worker must have been heard of before anything is refused on its account."""
 _MOST: Final = 1e3
@@ -54,7 +51,7 @@ class Forecast:
 
 def prefill_score(worker: WorkerState, tokens: int, goal: Goal, cached: int = 0) -> tuple[float, float]:
     """Violation, and load: seconds until it has read the prompt, `cached` tokens of which it has."""
-    wait_s = read_s(worker, worker.latency.prefill, tokens, goal, cached)
+    wait_s = read_s(worker, tokens, goal, cached)
     return late(wait_s, goal.ttft_s), wait_s
 
 
@@ -64,35 +61,42 @@ def decode_score(
     """Violation and load. reads: it also reads the prompt, so that how soon counts as well."""
     violation, load = 0.0, worker.decode_load(tokens)
     if goal.tpot_s is not None:
-        violation = late(step_s(worker, tokens, reads=reads), goal.tpot_s)
+        violation = late(step_s(worker, tokens), goal.tpot_s)
     if reads:
         more = prefill_score(worker, tokens, goal, cached)
         violation, load = violation + more[0], load + more[1]
     return violation, load
 
 
-def step_s(worker: WorkerState, tokens: int, *, reads: bool = False) -> float:
-    """A step of its batch with one more answer in it, whose context is `tokens`. reads: prompts come to it
-    all the time, as there is nobody else to read them, so that its steps stay as long as they were of late.
+def step_s(worker: WorkerState, tokens: int) -> float:
+    """A step of its batch with one more answer in it, whose context is `tokens`, and with what the prompts
+    that it read added to its steps of late: more will come.
     """
-    alone_s = worker.latency.step_s(*worker.batch_with(tokens))
-    return alone_s + worker.latency.reading_adds_s if reads else alone_s
+    return worker.latency.step_s(*worker.batch_with(tokens)) + worker.latency.reading_adds_s
 
 
-def read_s(worker: WorkerState, fit: LinearFit, tokens: int, goal: Goal, cached: int = 0) -> float:
-    """Until it has read what is due no later and then this prompt. fit: how long it takes to read."""
-    ahead, start = worker.work_due(goal.due), min(cached, tokens - 1)
-    to_read = ahead.tokens + tokens - start
-    pairs = ahead.pairs + (tokens * tokens - start * start) / 2
-    return fit.predict((ahead.prompts + 1, to_read, pairs)) + steps_between_s(worker, to_read)
+def read_s(worker: WorkerState, tokens: int, goal: Goal, cached: int = 0) -> float:
+    """Until it has read what is due no later and then this prompt."""
+    return reading(worker, work_until(worker, tokens, goal, cached))[0]
+
+
+def reading(worker: WorkerState, work: Work) -> tuple[float, float]:
+    """(Seconds, standard deviation) until it has read `work`, with the answers that it writes meanwhile."""
+    latency = worker.latency
+    if worker.info.role is Role.DECODE and worker.num_decoding:
+        seconds, std = latency.beside_s(work, *worker.decoding)
+        # One step is under way, half of it done.
+        return seconds + latency.step_s(*worker.decoding) / 2, std
+    features = work.features
+    return latency.prefill.predict(features), latency.prefill.std(features)
 
 
 def steps_between_s(worker: WorkerState, tokens: int) -> float:
     """What the answers that a decode worker writes take of the time in which it reads `tokens`."""
     if worker.info.role is not Role.DECODE or not worker.num_decoding:
         return 0.0
-    # One is under way, half of it done.
-    return (0.5 + math.ceil(tokens / CHUNK_TOKENS)) * worker.latency.step_s(*worker.decoding)
+    steps = math.ceil(tokens / max(worker.latency.chunk_tokens, 1.0))
+    return (0.5 + steps) * worker.latency.step_s(*worker.decoding)
 
 
 def work_until(worker: WorkerState, tokens: int, goal: Goal, cached: int = 0) -> Work:
@@ -106,12 +110,10 @@ def soonest_s(readers: Sequence[WorkerState], tokens: int, goal: Goal, *, deviat
     """
     soonest = math.inf
     for worker in readers:
-        fit = worker.latency.prefill
-        if fit.count < EVIDENCE:
+        if worker.latency.prefill.count < EVIDENCE:
             return 0.0
-        work = work_until(worker, tokens, goal)
-        wait_s = fit.predict(work.features) + deviations * fit.std(work.features)
-        soonest = min(soonest, wait_s + steps_between_s(worker, work.tokens))
+        wait_s, std = reading(worker, work_until(worker, tokens, goal))
+        soonest = min(soonest, wait_s + deviations * std)
     return max(soonest, 0.0) if readers else 0.0
 
 

@@ -165,3 +165,26 @@ def test_the_registry_teaches_its_workers_models() -> None:
 def test_a_new_worker_begins_with_what_its_kind_was_learned_to_be() -> None:
     model, work = taught(60), Work.of(0, 3000, ends=True)
     assert LatencyModel(model).prefill_s(work) == pytest.approx(model.prefill_s(work), rel=0.05)
+
+
+def test_steps_that_read_and_write_are_learned_as_one_and_counted_by_their_chunks() -> None:
+    """A worker that never writes without reading: what a step of both takes does not come apart."""
+    model, now, rng = LatencyModel(), 0.0, random.Random(4)
+    decode = ModelDecode(worker_info("d", Role.DECODE))
+    for index in range(40):
+        running = rng.randint(10, 30)
+        model.heard(
+            replace(decode.heartbeat(), steps=index + 1, running=running, waiting_tokens=1000 * running)
+        )
+        prompt, step_s = 100 * rng.randint(4, 20), 0.012 + 1e-4 * running
+        model.prompt_sent(attempt(index), prompt, now)
+        for done in (*range(200, prompt, 200), prompt):
+            now += step_s
+            model.prompt_reached(attempt(index), done, now)
+        now += 1.0
+        model.prompt_sent(attempt(1000 + index), 1, now)  # so that the last step is closed
+        model.prompt_dropped(attempt(1000 + index))
+    assert model.chunk_tokens == pytest.approx(200, rel=0.1)
+    seconds, std = model.beside_s(Work.of(0, 3000, ends=True), 20, 20_000)
+    assert seconds == pytest.approx(15 * 0.014, rel=0.1)
+    assert 0 < std < seconds

@@ -118,6 +118,16 @@ def test_little_is_refused_that_would_have_been_served_in_time() -> None:
     assert len(wrong) <= 0.01 * len(arrivals)
 
 
+def test_colocated_workers_refuse_in_time_and_keep_what_they_promise() -> None:
+    """At more than four of them can serve; a step with a chunk takes twice as long as one without."""
+    setup = replace(SETUP, prefill=0, decode=4, admission=Admission.TARGETS)
+    profile = replace(PROFILE, colocated_chunk_tokens=256)
+    result = simulate(replace(setup, profile=profile), workload(60.0, 60.0))
+    assert result.all.refused > 0.2 * result.all.requests
+    assert result.all.attainment > 0.95
+    assert (result.ttft_error or 1.0) < 0.15
+
+
 def test_predictions_of_ttft_come_within_a_tenth() -> None:
     result = simulate(replace(SETUP, admission=Admission.OFF), workload(15.0, 60.0))
     assert result.ttft_error is not None
