@@ -67,6 +67,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
     processes = ProcessSet()
+    print(f"what it says is in {arguments.logs.resolve()}", flush=True)
     try:
         for command in commands_of(arguments):
             processes.spawn(command)

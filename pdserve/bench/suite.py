@@ -14,7 +14,7 @@ from pdserve.bench.duration import before_all, long_enough, longest_run_s, longe
 from pdserve.bench.environment import Environment, describe_environment
 from pdserve.bench.load import Progress, run_trial
 from pdserve.bench.records import Trial
-from pdserve.bench.scenario import Scenario, Search
+from pdserve.bench.scenario import Scenario, Search, SystemSpec
 from pdserve.bench.search import Goodput, GoodputSearch, Point
 from pdserve.bench.servers import Server, serving
 from pdserve.bench.traces import TraceRow, read_trace
@@ -82,20 +82,28 @@ async def run_suite(
     """Start what must be started, measure, stop it. A system that fails is left out from then on.
 
     access: key and certificates for gRPC servers that were running.
-    Raises a `PdServeError` when a server cannot be reached or started, or the trace cannot be read.
+    Raises a `PdServeError` when a server cannot be reached, none can be started, or the trace cannot be read.
     """
     began_s = time.perf_counter()
     trace = await asyncio.to_thread(read_trace, scenario.replay.path) if scenario.replay else []
     run = Run(scenario=scenario, environment=describe_environment(), systems=[], trials=[])
     async with contextlib.AsyncExitStack() as stack:
-        servers = []
+        servers: list[Server] = []
         for spec in scenario.systems:
-            starts = spec.command or not spec.address
+            starts = bool(spec.command) or spec.address is None
             observer.say(f"{'starting' if starts else 'connecting to'} {spec.name}")
-            server = await stack.enter_async_context(serving(spec, out / "logs", access))
+            try:
+                server = await stack.enter_async_context(serving(spec, out / "logs", access))
+            except PdServeError as error:
+                # Those that are up are worth their time; a wrong address is better said at once.
+                if not starts or (not servers and spec is scenario.systems[-1]):
+                    raise
+                observer.say(f"{spec.name} did not start: {error}")
+                run.systems.append(_never_started(spec, error))
+                continue
             server.freeze()
             servers.append(server)
-        run.systems = [_describe(server) for server in servers]
+            run.systems.append(_describe(server))
         measurement = _Measurement(run, servers, trace, observer)
         observer.say(f"measuring: at most {longest_run_s(scenario) / 60:.1f} minutes")
         await measurement.warm_up()
@@ -235,6 +243,20 @@ class _Measurement:
         # It lives, and refuses everything: for overload that is an answer, for bad requests it is not.
         kinds = {record.error for record in trial.records} - {"cut", "Overloaded", "NoWorkers", "WorkerLost"}
         return errors[0] if kinds and len(errors) == len(trial.records) else ""
+
+
+def _never_started(spec: SystemSpec, why: PdServeError) -> SystemResult:
+    return SystemResult(
+        name=spec.name,
+        prefill=None,
+        decode=None,
+        command=spec.command,
+        address=spec.address or "",
+        units=spec.units,
+        unit=spec.unit,
+        price_per_unit_hour=spec.price_per_unit_hour,
+        failed=str(why),
+    )
 
 
 def _describe(server: Server) -> SystemResult:

@@ -7,13 +7,15 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from pdserve.bench.report.write import write_report
 from pdserve.bench.scenario import Protocol, Scenario, SystemSpec
 from pdserve.bench.servers import serve_command, serving
-from pdserve.bench.suite import run_suite
+from pdserve.bench.suite import Run, run_suite
 from pdserve.core.errors import ConfigError, WorkerLost
 from tests.support.whole_cluster import make_tiny_checkpoint
 
@@ -106,6 +108,33 @@ def test_a_command_that_ends_says_its_last_words(tmp_path: Path) -> None:
 
     with pytest.raises(WorkerLost, match=r"theirs.*no such thing"):
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("broken_first", [True, False])
+def test_a_system_that_does_not_start_leaves_the_others_to_be_measured(
+    tmp_path: Path, fake_grpc: Any, broken_first: bool
+) -> None:
+    async def main() -> Run:
+        async with fake_grpc[1]() as address:
+            broken = commanded(_free_port(), "raise SystemExit('no such thing')").model_dump()
+            systems = [broken, {"name": "ours", "address": address}]
+            scenario = Scenario.model_validate(
+                {
+                    "systems": systems if broken_first else systems[::-1],
+                    "rates": [20],
+                    "duration_s": 0.2,
+                    "warmup_s": 0,
+                    "min_requests": 1,
+                }
+            )
+            return await run_suite(scenario, tmp_path, Silent())
+
+    run = asyncio.run(main())
+    failed = {system.name: "no such thing" in system.failed for system in run.systems}
+    assert failed == {"theirs": True, "ours": False}
+    assert {trial.system for trial in run.trials} == {"ours"}
+    page, *_ = write_report(run, tmp_path, png=False)
+    assert "no such thing" in page.read_text()
 
 
 async def _until(holds: Callable[[], bool]) -> None:
