@@ -280,13 +280,17 @@ def list_models() -> list[store.ModelEntry]:
 
 
 def inspect_model(config: ServeConfig) -> tuple[Path, str]:
-    """Where the configured model is and what it is, from its headers. Raises `CheckpointError`."""
+    """Where the configured model is and what it is, from its headers. Raises `CheckpointError`, and
+    `ConfigError` for a `tensor_parallel_size` that does not divide it."""
     # Here, not at the top: both import torch, which only workers and this need.
     from pdserve.models.checkpoint import Checkpoint
     from pdserve.models.hf_config import read_config
+    from pdserve.models.sharding import require_shardable
 
     path = resolve_model(config, read_environment(), _silent)
     model = read_config(path)
+    for role in (config.prefill, config.decode):
+        require_shardable(model, role.tensor_parallel_size)
     with Checkpoint.open(path) as checkpoint:
         gigabytes = checkpoint.total_bytes / 1e9
     form = model.dtype if model.quantization is None else model.quantization.name
@@ -358,8 +362,12 @@ def _start_ray(
     if own_token:
         # Ray would write a token into the home directory, for every cluster of this user, and say so.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    workers = sum(one.prefill.workers + one.decode.workers for one in config.of_each_model)
-    num_cpus = max(usable_cores(), workers * (config.cluster.cpus_per_worker or 1))
+    ranks = sum(
+        role.workers * role.tensor_parallel_size
+        for one in config.of_each_model
+        for role in (one.prefill, one.decode)
+    )
+    num_cpus = max(usable_cores(), ranks * (config.cluster.cpus_per_worker or 1))
     if kept:
         spec = KeeperSpec(
             settings=config.cluster,

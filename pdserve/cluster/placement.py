@@ -14,6 +14,7 @@ from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
+from pdserve.worker.ranks.names import rank_id
 
 _ACCELERATOR_PREFIX: Final = "accelerator_type:"
 _SLIVER: Final = 0.001
@@ -44,6 +45,8 @@ class WorkerSlot:
     index: int
     model: int = 0
     """Which of the configured models it serves, counted from 0."""
+    ranks: int = 1
+    """Processes that compute the model together, on one node (`tensor_parallel_size`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,7 @@ class PlacementPlan:
     prefill: tuple[WorkerSlot, ...]
     decode: tuple[WorkerSlot, ...]
     cpus_per_worker: int
+    """Of one rank, as are the GPUs: a worker of several ranks has so many for each."""
     gpus_per_worker: float
     accelerator_type: str | None
     node_resources: Mapping[Role, str] = field(default_factory=dict)
@@ -71,11 +75,12 @@ class PlacementPlan:
         """How many workers share one GPU; 1 unless a worker asks for a fraction."""
         return int(1 / self.gpus_per_worker) if 0 < self.gpus_per_worker < 1 else 1
 
-    def bundle(self, role: Role) -> dict[str, float]:
-        """What one worker reserves in its role's placement group."""
-        wanted: dict[str, float] = {"CPU": float(self.cpus_per_worker)}
+    def bundle(self, role: Role, ranks: int = 1) -> dict[str, float]:
+        """What one worker reserves in its role's placement group. Ray never divides a bundle between nodes:
+        all of its ranks are on one."""
+        wanted: dict[str, float] = {"CPU": float(self.cpus_per_worker * ranks)}
         if self.uses_gpus:
-            wanted["GPU"] = self.gpus_per_worker
+            wanted["GPU"] = self.gpus_per_worker * ranks
         if self.accelerator_type is not None:
             wanted[_ACCELERATOR_PREFIX + self.accelerator_type] = _SLIVER
         if role in self.node_resources:
@@ -83,7 +88,7 @@ class PlacementPlan:
         return wanted
 
     def fits(self, role: Role, node: Node) -> int:
-        """Workers of a role that an empty node has room for."""
+        """Ranks of a role's workers that an empty node has room for."""
         only_with = self.node_resources.get(role)
         if only_with is not None and only_with not in node.resources:
             return 0
@@ -112,13 +117,20 @@ def node_from_resources(node_id: str, host: str, resources: Mapping[str, float])
 def plan_placement(config: ServeConfig, nodes: Sequence[Node]) -> PlacementPlan:
     """Divide the cluster among the workers, or raise `ConfigError` that says what is missing."""
     each = config.of_each_model
-    prefill = _slots(Role.PREFILL, [one.prefill.workers for one in each])
-    decode = _slots(Role.DECODE, [one.decode.workers for one in each])
-    num_workers = len(prefill) + len(decode)
+    prefill = _slots(Role.PREFILL, [(one.prefill.workers, one.prefill.tensor_parallel_size) for one in each])
+    decode = _slots(Role.DECODE, [(one.decode.workers, one.decode.tensor_parallel_size) for one in each])
+    num_ranks = sum(slot.ranks for slot in prefill + decode)
+    for one in each:
+        _require_no_tiers(one)
     wanted_type = config.cluster.accelerator_type
     if wanted_type is not None:
         nodes = _nodes_with(wanted_type, nodes)
-    gpus = _gpus_per_worker(config, num_workers, nodes)
+    gpus = _gpus_per_worker(config, num_ranks, nodes)
+    if 0 < gpus < 1 and num_ranks > len(prefill) + len(decode):
+        raise ConfigError(
+            f"workers would get {gpus:g} of a GPU: a rank (tensor_parallel_size above 1) needs one of its "
+            "own; start fewer workers, or lower tensor_parallel_size"
+        )
     if wanted_type is not None and gpus == 0:
         raise ConfigError(
             f"cluster.accelerator_type is {wanted_type}, but cluster.gpus_per_worker is 0; remove one"
@@ -126,7 +138,7 @@ def plan_placement(config: ServeConfig, nodes: Sequence[Node]) -> PlacementPlan:
     plan = PlacementPlan(
         prefill=prefill,
         decode=decode,
-        cpus_per_worker=_cpus_per_worker(config, num_workers, nodes, on_gpu=gpus > 0),
+        cpus_per_worker=_cpus_per_worker(config, num_ranks, nodes, on_gpu=gpus > 0),
         gpus_per_worker=gpus,
         accelerator_type=wanted_type,
         node_resources=_node_resources(config),
@@ -140,29 +152,36 @@ def core_slots(
 ) -> dict[WorkerId, tuple[int, ...]]:
     """The cores each CPU worker pins, as indices into the cores its process may use; () pins nothing.
 
-    Workers of one node get disjoint cores while there are enough, then share them in turn. GPU workers are
-    left to the operating system.
+    Each rank of a worker of several has its own, by its `rank_id`. Workers of one node get disjoint cores
+    while there are enough, then share them in turn. GPU workers are left to the operating system.
     """
     if plan.uses_gpus:
-        return {slot.worker: () for slot in plan.slots}
+        return {worker: () for slot in plan.slots for worker in slot_ranks(slot)}
     cores = {node.id: max(1, node.cpus) for node in nodes}
     taken: dict[str, int] = {}
     pinned: dict[WorkerId, tuple[int, ...]] = {}
     for slot in plan.slots:
         node = node_of[slot.worker]
-        first = taken.get(node, 0)
-        taken[node] = first + plan.cpus_per_worker
-        wanted = range(first, first + min(plan.cpus_per_worker, cores[node]))
-        pinned[slot.worker] = tuple(sorted({core % cores[node] for core in wanted}))
+        for rank in slot_ranks(slot):
+            first = taken.get(node, 0)
+            taken[node] = first + plan.cpus_per_worker
+            wanted = range(first, first + min(plan.cpus_per_worker, cores[node]))
+            pinned[rank] = tuple(sorted({core % cores[node] for core in wanted}))
     return pinned
 
 
-def _slots(role: Role, counts: Sequence[int]) -> tuple[WorkerSlot, ...]:
-    """The workers of one role: the first model's, then the next one's, numbered throughout."""
-    models = [model for model, count in enumerate(counts) for _ in range(count)]
+def slot_ranks(slot: WorkerSlot) -> list[WorkerId]:
+    """The `rank_id` of each of a worker's ranks; the only one's is the worker's."""
+    return [rank_id(slot.worker, rank, slot.ranks) for rank in range(slot.ranks)]
+
+
+def _slots(role: Role, wanted: Sequence[tuple[int, int]]) -> tuple[WorkerSlot, ...]:
+    """The workers of one role: the first model's, then the next one's, numbered throughout. wanted: how many
+    workers, and of how many ranks each, per model."""
+    models = [(model, ranks) for model, (count, ranks) in enumerate(wanted) for _ in range(count)]
     return tuple(
-        WorkerSlot(worker=WorkerId(f"{role.value}-{index}"), role=role, index=index, model=model)
-        for index, model in enumerate(models)
+        WorkerSlot(worker=WorkerId(f"{role.value}-{index}"), role=role, index=index, model=model, ranks=ranks)
+        for index, (model, ranks) in enumerate(models)
     )
 
 
@@ -177,28 +196,39 @@ def _nodes_with(accelerator: str, nodes: Sequence[Node]) -> list[Node]:
     return having
 
 
-def _gpus_per_worker(config: ServeConfig, num_workers: int, nodes: Sequence[Node]) -> float:
+def _require_no_tiers(config: ServeConfig) -> None:
+    """Raise `ConfigError` for tiers below the pool of a worker of several ranks: they would keep the first
+    rank's heads alone."""
+    ranks = max(config.prefill.tensor_parallel_size, config.decode.tensor_parallel_size)
+    if ranks > 1 and (config.cache.host_tier_gib or config.cache.disk_tier_gib):
+        raise ConfigError(
+            f"tensor_parallel_size is {ranks}: workers of several ranks have no host or disk tier; set "
+            "cache.host_tier_gib and cache.disk_tier_gib to 0"
+        )
+
+
+def _gpus_per_worker(config: ServeConfig, num_ranks: int, nodes: Sequence[Node]) -> float:
     total = sum(node.gpus for node in nodes)
     asked = config.cluster.gpus_per_worker
     if asked is not None:
-        if asked * num_workers > total + 1e-9:
+        if asked * num_ranks > total + 1e-9:
             raise ConfigError(
-                f"{num_workers} workers want {asked:g} GPUs each, the cluster has {total:g}; start fewer "
+                f"{num_ranks} workers want {asked:g} GPUs each, the cluster has {total:g}; start fewer "
                 "workers, or let them share: cluster.gpus_per_worker below 1"
             )
         return asked
     if total == 0:
         return 0.0
-    if total >= num_workers:
+    if total >= num_ranks:
         return 1.0
-    per_gpu = -(-num_workers // int(total))
+    per_gpu = -(-num_ranks // int(total))
     return 1.0 / per_gpu
 
 
-def _cpus_per_worker(config: ServeConfig, num_workers: int, nodes: Sequence[Node], *, on_gpu: bool) -> int:
+def _cpus_per_worker(config: ServeConfig, num_ranks: int, nodes: Sequence[Node], *, on_gpu: bool) -> int:
     if config.cluster.cpus_per_worker is not None:
         return config.cluster.cpus_per_worker
-    share = max(1, sum(node.cpus for node in nodes) // num_workers)
+    share = max(1, sum(node.cpus for node in nodes) // num_ranks)
     if on_gpu:
         return min(share, _MAX_CPUS_PER_GPU_WORKER)
     # A worker lives on one node: a share of the whole cluster may be more than any node has.
@@ -216,24 +246,27 @@ def _require_room(plan: PlacementPlan, nodes: Sequence[Node]) -> None:
 
     The role that is choosier about its nodes takes them first.
     """
-    wanted = {Role.PREFILL: len(plan.prefill), Role.DECODE: len(plan.decode)}
     left = {node.id: max(plan.fits(role, node) for role in Role) for node in nodes}
-    for role in sorted(wanted, key=lambda role: role not in plan.node_resources):
-        for node in nodes:
-            taken = min(left[node.id], wanted[role]) if plan.fits(role, node) else 0
-            left[node.id] -= taken
-            wanted[role] -= taken
-        if wanted[role] > 0:
-            raise ConfigError(_no_room(plan, role, wanted[role], nodes))
+    homeless: dict[Role, list[WorkerSlot]] = {}
+    for slot in sorted(plan.slots, key=lambda slot: (slot.role not in plan.node_resources, -slot.ranks)):
+        fitting = [n.id for n in nodes if plan.fits(slot.role, n) and left[n.id] >= slot.ranks]
+        if fitting:
+            left[fitting[0]] -= slot.ranks
+        else:
+            homeless.setdefault(slot.role, []).append(slot)
+    for role, slots in homeless.items():
+        raise ConfigError(_no_room(plan, role, slots, nodes))
 
 
-def _no_room(plan: PlacementPlan, role: Role, left_over: int, nodes: Sequence[Node]) -> str:
+def _no_room(plan: PlacementPlan, role: Role, left_over: Sequence[WorkerSlot], nodes: Sequence[Node]) -> str:
     only = plan.node_resources.get(role)
     having = [node for node in nodes if only is None or only in node.resources]
     have = ", ".join(f"{node.host}: {node.cpus} CPUs, {node.gpus:g} GPUs" for node in having) or "none"
     on = "" if only is None else f" on nodes that offer {only}"
+    ranks = max(slot.ranks for slot in plan.slots)
+    together = "" if ranks == 1 else f" (up to {ranks} times that on one node: tensor_parallel_size)"
     return (
-        f"{len(plan.slots)} workers want {plan.cpus_per_worker} CPUs and {plan.gpus_per_worker:g} GPUs each; "
-        f"{left_over} of them fit nowhere{on} ({have}); start fewer, or lower "
+        f"{len(plan.slots)} workers want {plan.cpus_per_worker} CPUs and {plan.gpus_per_worker:g} GPUs each"
+        f"{together}; {len(left_over)} of them fit nowhere{on} ({have}); start fewer, or lower "
         "cluster.cpus_per_worker"
     )

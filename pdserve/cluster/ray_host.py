@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
+import secrets
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,28 +29,26 @@ from ray.util.placement_group import (
 from ray.util.placement_group import remove_placement_group as remove_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pdserve.cluster.placement import PlacementPlan, WorkerSlot, core_slots
+from pdserve.cluster.placement import PlacementPlan, WorkerSlot, core_slots, slot_ranks
 from pdserve.cluster.ray_session import NAMESPACE, RaySession
-from pdserve.core import errors
+from pdserve.cluster.ray_worker import OnProgress, RayWorker, first_line
 from pdserve.core.config import CacheSettings, ServeConfig
-from pdserve.core.errors import CheckpointError, ConfigError, PdServeError, WorkerLost
+from pdserve.core.errors import ConfigError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 from pdserve.elastic.actor import DecodeActor, PrefillActor
 from pdserve.worker.cores import CoreShare
-from pdserve.worker.hosting import Described, HostedWorker, NotStarted, Progress, Started, StartStep
+from pdserve.worker.hosting import Described, HostedWorker, Progress
+from pdserve.worker.ranks.actor import RankActor
+from pdserve.worker.ranks.names import RankSpec
 from pdserve.worker.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
-
-OnProgress = Callable[[WorkerId, Progress], None]
 
 _ACTOR_OF: Final[dict[Role, type[HostedWorker]]] = {Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}
 _ACTOR_THREADS: Final = 8
 """`start` and `wait` hold one each; the rest answer pings and snapshots."""
 _NAME_RELEASE_S: Final = 10.0
-_KILL_WAIT_S: Final = 10.0
-_LOG_TAIL_LINES: Final = 8
 _LOOK_AT_NODES_S: Final = 1.0
 _LAST_WORDS_S: Final = 1.0
 _DESCRIBE_S: Final = 2.0
@@ -125,7 +123,7 @@ class RayHost:
         for role, slots in ((Role.PREFILL, self._plan.prefill), (Role.DECODE, self._plan.decode)):
             if not slots:
                 continue
-            group = self._groups[role] = self._group(role, len(slots))
+            group = self._groups[role] = self._group(role, slots)
             try:
                 async with asyncio.timeout(timeout_s):
                     await group.ready()
@@ -138,8 +136,8 @@ class RayHost:
             self._node_of |= {slot.worker: nodes[slot.index] for slot in slots}
         self._pinned = core_slots(self._plan, self._node_of, self._session.nodes())
 
-    def _group(self, role: Role, count: int) -> PlacementGroup:
-        name, bundles = f"{NAMESPACE}-{role.value}", [self._plan.bundle(role) for _ in range(count)]
+    def _group(self, role: Role, slots: Sequence[WorkerSlot]) -> PlacementGroup:
+        name, bundles = f"{NAMESPACE}-{role.value}", [self._plan.bundle(role, slot.ranks) for slot in slots]
         if self.outlives_us:
             with contextlib.suppress(ValueError):  # there is none
                 left: PlacementGroup = get_placement_group(name)
@@ -179,7 +177,7 @@ class RayHost:
             try:
                 gone_at = await asyncio.to_thread(draining)
             except (ray.exceptions.RayError, RuntimeError) as error:
-                log.warning("Ray does not say which nodes go: %s", _first_line(error))
+                log.warning("Ray does not say which nodes go: %s", first_line(error))
                 gone_at = {}
             self._going = frozenset(gone_at)
             for name, worker in self._workers.items():
@@ -195,8 +193,7 @@ class RayHost:
             await asyncio.sleep(_LOOK_AT_NODES_S)
             self._find_node(slot)
         spec = self._spec(slot, epoch)
-        actor = await self._create(slot, spec)
-        worker = RayWorker(slot.worker, actor, self._node_of[slot.worker], self._session, epoch)
+        worker = await self._create_ranks(slot, spec)
         try:
             async with asyncio.timeout(self._config.cluster.start_timeout_s):
                 await worker.start(self._on_progress)
@@ -224,7 +221,7 @@ class RayHost:
             async with asyncio.timeout(_DESCRIBE_S):
                 found: Described = await actor.describe.remote()
         except (TimeoutError, ray.exceptions.RayError) as error:
-            log.warning("%s was left running but cannot be used: %s", slot.worker, _first_line(error))
+            log.warning("%s was left running but cannot be used: %s", slot.worker, first_line(error))
             worker.watch(self._left_pid(slot.worker))
             await worker.kill()
             return None
@@ -232,13 +229,29 @@ class RayHost:
             raise ConfigError(f"another {NAMESPACE} uses {slot.worker} here; end it first")
         worker.address, worker.epoch = found.address, found.epoch
         worker.watch(found.pid)
-        if found.identity != self._identity:
+        worker.followers = await self._found_followers(slot, found.epoch)
+        if found.identity != self._identity or len(worker.followers) != slot.ranks - 1:
             log.warning("%s was started with other settings; it is started again", slot.worker)
             await worker.kill()
             return None
-        worker.follow()
+        for rank in (worker, *worker.followers):
+            rank.follow()
         self._on_progress(slot.worker, Progress(fraction=1.0, text="taken over"))
         return worker
+
+    async def _found_followers(self, slot: WorkerSlot, epoch: int) -> tuple[RayWorker, ...]:
+        """The ranks of a worker that was left running, but for the first; those that answer."""
+        found = []
+        for rank in slot_ranks(slot)[1:]:
+            actor = _find(_actor_name(rank))
+            with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+                async with asyncio.timeout(_DESCRIBE_S):
+                    if actor is not None:
+                        pid = await actor.ping.remote()
+                        node = self._node_of[slot.worker]
+                        found.append(RayWorker(rank, actor, node, self._session, epoch))
+                        found[-1].watch(pid)
+        return tuple(found)
 
     def _pid_file(self, worker: WorkerId) -> Path:
         return self._session.run_dir.path / f"{worker}.pid"
@@ -263,13 +276,24 @@ class RayHost:
             identity=self._identity,
             listen=self._listen(slot, epoch),
             device="cuda:0" if self._plan.uses_gpus else "cpu",
-            num_threads=None if self._plan.uses_gpus else max(1, len(self._pinned[slot.worker])),
+            num_threads=None if self._plan.uses_gpus else max(1, len(self._pinned[slot_ranks(slot)[0]])),
             core_share=self._core_share(slot),
+            ranks=None if slot.ranks == 1 else self._meeting(slot, epoch),
         )
 
+    def _meeting(self, slot: WorkerSlot, epoch: int) -> RankSpec:
+        """Where the ranks of a worker meet; as its first one sees it."""
+        here = self._node_of[slot.worker] == self._session.node_id
+        root = self._session.run_dir.path if here else Path(tempfile.gettempdir())
+        name = f"{slot.worker}.{epoch}" if here else f"{NAMESPACE}-{slot.worker}.{secrets.token_hex(8)}"
+        return RankSpec(rank=0, size=slot.ranks, meeting=root / f"{name}.ranks")
+
     def _core_share(self, slot: WorkerSlot) -> CoreShare | None:
-        """None on GPUs, and where workers are on other machines than the board."""
+        """None on GPUs, beside workers of several ranks, and where workers are on other machines than the
+        board."""
         if self._plan.uses_gpus or not self._config.cluster.lend_cores or not self._all_here():
+            return None
+        if any(other.ranks > 1 for other in self._plan.slots):  # ranks wait for one another: none may lag
             return None
         indexed = [(index, other.worker) for index, other in enumerate(self._plan.slots)]
         return CoreShare(
@@ -291,9 +315,35 @@ class RayHost:
         hosts = {node.id: node.host for node in self._session.nodes()}
         return f"tcp:{hosts[self._node_of[slot.worker]]}:0"
 
-    async def _create(self, slot: WorkerSlot, spec: WorkerSpec) -> Any:
-        options = ray.remote(_ACTOR_OF[slot.role]).options(
-            name=slot.worker,
+    async def _create_ranks(self, slot: WorkerSlot, spec: WorkerSpec) -> RayWorker:
+        """The actors of a worker: its leader, and the followers where it has several ranks."""
+        made = []
+        for rank, name in enumerate(slot_ranks(slot)):
+            pinned = self._pinned[name]
+            kind: type[Any]
+            arguments: tuple[Any, ...]
+            if rank == 0 or spec.ranks is None:
+                kind, arguments = _ACTOR_OF[slot.role], (spec, pinned, _give_group_back)
+            else:
+                own = replace(spec, ranks=replace(spec.ranks, rank=rank))
+                kind, arguments = RankActor, (own, pinned)
+            called = slot.worker if rank == 0 else _actor_name(name)
+            actor = await self._create(slot, kind, called, arguments)
+            made.append(
+                RayWorker(
+                    slot.worker if rank == 0 else name,
+                    actor,
+                    self._node_of[slot.worker],
+                    self._session,
+                    spec.epoch,
+                )
+            )
+        made[0].followers = tuple(made[1:])
+        return made[0]
+
+    async def _create(self, slot: WorkerSlot, kind: type[Any], name: str, arguments: tuple[Any, ...]) -> Any:
+        options = ray.remote(kind).options(
+            name=name,
             lifetime="detached" if self.outlives_us else None,
             max_restarts=0,
             max_concurrency=_ACTOR_THREADS,
@@ -307,7 +357,7 @@ class RayHost:
         deadline = asyncio.get_running_loop().time() + _NAME_RELEASE_S
         while True:
             try:
-                return options.remote(spec, self._pinned[slot.worker], _give_group_back)
+                return options.remote(*arguments)
             except ValueError as error:
                 # The name of a dead actor is free a moment after its death is known, and nothing tells when.
                 if asyncio.get_running_loop().time() > deadline:
@@ -320,7 +370,12 @@ def _seconds_until(wall_ms: int) -> float | None:
     return None if wall_ms == 0 else max(0.0, wall_ms / 1000 - time.time() - _LAST_WORDS_S)
 
 
-def _find(worker: WorkerId) -> Any:
+def _actor_name(rank: WorkerId) -> str:
+    """Of a follower."""
+    return rank.replace("/", "-rank-")
+
+
+def _find(worker: str) -> Any:
     try:
         return ray.get_actor(worker)
     except ValueError:
@@ -341,152 +396,3 @@ def worker_config(config: ServeConfig, plan: PlacementPlan) -> ServeConfig:
     share = config.cache.gpu_memory_utilization / plan.workers_per_gpu
     cache: CacheSettings = config.cache.model_copy(update={"gpu_memory_utilization": share})
     return config.model_copy(update={"cache": cache})
-
-
-@dataclass(slots=True)
-class RayWorker:
-    """One incarnation of a worker, seen from the launcher."""
-
-    worker: WorkerId
-    actor: Any
-    node: str
-    session: RaySession
-    epoch: int
-    address: str = ""
-    pid: int = 0
-    pidfd: int | None = None
-    """Only for a process on this machine: signals through it cannot hit a successor of the pid."""
-    _wait: Any = field(default=None)
-
-    async def start(self, on_progress: OnProgress) -> None:
-        """Run the worker's `start`, reporting its steps; afterwards `address` is set."""
-        async for step in self._steps():
-            match step:
-                case Progress():
-                    on_progress(self.worker, step)
-                case NotStarted(error=error, message=message):
-                    raise _typed(self.worker, error, message)
-                case Started(address=address, pid=pid):
-                    self.address, self.pid = address, pid
-                    on_progress(self.worker, Progress(fraction=1.0, text="ready"))
-        self.watch(self.pid)
-        self.follow()
-
-    def watch(self, pid: int) -> None:
-        """`pid` is its process, 0 when that is not known."""
-        self.pid = pid
-        if pid and self.node == self.session.node_id and hasattr(os, "pidfd_open"):
-            with contextlib.suppress(ProcessLookupError):  # it has just ended: Ray will say so
-                self.pidfd = os.pidfd_open(pid)
-
-    def follow(self) -> None:
-        """Be told by Ray when the process, or the worker in it, ends."""
-        self._wait = self.actor.wait.remote()
-
-    async def died(self) -> str:
-        try:
-            return str(await self._wait)
-        except ray.exceptions.RayError as error:
-            return self._explain(error)
-
-    async def ping(self) -> None:
-        try:
-            await self.actor.ping.remote()
-        except ray.exceptions.RayError as error:
-            raise WorkerLost(self.worker, self._explain(error)) from error
-
-    async def retire(self, timeout_s: float | None) -> None:
-        """Tell it to hand over what it runs and to end, within `timeout_s` (None: as configured)."""
-        log.warning("the node of %s is about to be taken away: draining it", self.worker)
-        try:
-            await self.actor.retire.remote(timeout_s)
-        except ray.exceptions.RayError as error:
-            log.warning("%s could not be told: %s", self.worker, _first_line(error))
-
-    async def stop(self, grace_s: float) -> None:
-        try:
-            async with asyncio.timeout(grace_s):
-                await self.actor.stop.remote()
-                # Unlike a kill, this is an end that Ray does not report as a crash.
-                self.actor.__ray_terminate__.remote()
-                if self.pidfd is not None:
-                    await _readable(self.pidfd)
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            log.warning("%s did not stop in %.1f s: %s", self.worker, grace_s, _first_line(error))
-        await self.kill()
-
-    async def kill(self) -> None:
-        ray.kill(self.actor, no_restart=True)
-        if self.pidfd is None:
-            return
-        pidfd, self.pidfd = self.pidfd, None
-        try:
-            # Ray asks the process to end itself; one that is stopped (SIGSTOP) would never hear.
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            async with asyncio.timeout(_KILL_WAIT_S):
-                await _readable(pidfd)
-        except ProcessLookupError:
-            pass
-        except TimeoutError:
-            log.error("%s: process %d survives SIGKILL", self.worker, self.pid)
-        finally:
-            os.close(pidfd)
-
-    async def _steps(self) -> AsyncIterator[StartStep]:
-        try:
-            async for ref in self.actor.start.options(num_returns="streaming").remote():
-                step: StartStep = await ref
-                yield step
-        except ray.exceptions.RayError as error:
-            raise WorkerLost(self.worker, self._explain(error)) from error
-
-    def _explain(self, error: BaseException) -> str:
-        """One line of why, and the last lines the process wrote where they are on this machine."""
-        if isinstance(error, ray.exceptions.RayTaskError):
-            cause = error.cause
-            return f"{type(cause).__name__}: {cause}"
-        why = f"process {self.pid or '(starting)'} ended"
-        if "SIGKILL" in str(error) or "OOM" in str(error).partition("Some common causes")[0]:
-            why += ", killed"
-        tail = _log_tail(self.session.log_dir, self.pid)
-        return f"{why}; it last wrote:\n{tail}" if tail else why
-
-
-def _typed(worker: WorkerId, error: str, message: str) -> PdServeError:
-    """What a worker reported on its start, as the error that says what to change."""
-    kind = getattr(errors, error, None)
-    if isinstance(kind, type) and issubclass(kind, CheckpointError):
-        return CheckpointError(message)
-    if isinstance(kind, type) and issubclass(kind, ConfigError):
-        return ConfigError(f"{worker}: {message}")
-    return WorkerLost(worker, f"{error}: {message}")
-
-
-def _log_tail(log_dir: Path | None, pid: int) -> str:
-    if log_dir is None or not pid:
-        return ""
-    lines: list[str] = []
-    for path in log_dir.glob(f"worker-*-{pid}.err"):
-        lines += path.read_text(errors="replace").splitlines()
-    # Ray's own marks begin with a colon.
-    return "\n".join([line for line in lines if not line.startswith(":")][-_LOG_TAIL_LINES:])
-
-
-async def _readable(fd: int) -> None:
-    """Wait until `fd` is readable: for a pidfd, until its process has ended."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def on_readable() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(fd, on_readable)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -112,6 +112,9 @@ class PrefillSettings(Frozen):
     """Token budget of one step; a longer prompt is read in chunks of at most this."""
     max_num_seqs: PositiveInt = 32
     """Prompts read in one step at most."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks of a worker: processes on one node, each with a GPU (or cores) of its own, that hold a part of
+    the weights and of the KV cache and compute every step together. It divides the attention heads."""
 
 
 class DecodeSettings(Frozen):
@@ -121,6 +124,8 @@ class DecodeSettings(Frozen):
     """Answers written at the same time on one worker at most."""
     max_num_batched_tokens: PositiveInt = 512
     """Token budget of a step in which the worker also reads prompts itself."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks of a worker, as `prefill.tensor_parallel_size`; the two may differ."""
 
 
 class CoordinatorSettings(Frozen):

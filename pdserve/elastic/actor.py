@@ -11,17 +11,18 @@ from pdserve.worker.hosting import HostedWorker, Running
 from pdserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
-    from pdserve.engine.build import Engine
+    from pdserve.worker.ports import EnginePort
+    from pdserve.worker.ranks.leader import Leader
 
 
 class ElasticActor(HostedWorker):
     """A worker in a process of its own."""
 
-    def _serve(self, spec: WorkerSpec, engine: Engine) -> Running:
+    def _serve(self, spec: WorkerSpec, engine: EnginePort, leader: Leader | None) -> Running:
         # Here, not at the top: the launcher imports this module, and must not pay for torch.
         from pdserve.elastic.worker import start_worker
 
-        return start_worker(spec, engine=engine)
+        return start_worker(spec, engine=engine, leader=leader)
 
 
 class PrefillActor(ElasticActor):

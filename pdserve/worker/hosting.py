@@ -25,7 +25,8 @@ from pdserve.worker.ray_metrics import Exporter, export_to_ray
 from pdserve.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
-    from pdserve.engine.build import Engine
+    from pdserve.worker.ports import EnginePort
+    from pdserve.worker.ranks.leader import Leader
 
 
 log = logging.getLogger(__name__)
@@ -123,8 +124,8 @@ class HostedWorker(ABC):
         return f"{type(self).__name__}({spec.worker}, {spec.model_name}, {spec.device}{state})"
 
     @abstractmethod
-    def _serve(self, spec: WorkerSpec, engine: Engine) -> Running:
-        """Start this kind of worker around a loaded engine."""
+    def _serve(self, spec: WorkerSpec, engine: EnginePort, leader: Leader | None) -> Running:
+        """Start this kind of worker around a loaded engine. leader: of the ranks that compute with it."""
 
     def start(self) -> Iterator[StartStep]:
         """Load the model and begin to listen; yields `Progress`, then `Started` or `NotStarted`."""
@@ -251,8 +252,19 @@ class HostedWorker(ABC):
         # Here, not at the top: the launcher imports this module, and must not pay for torch.
         from pdserve.engine.build import build_engine
         from pdserve.models.ops import Workload
+        from pdserve.worker.ranks.leader import Leader, leading
 
         spec = self._spec
+        leader = None
+        if spec.ranks is not None:
+            steps.put(Progress(fraction=0.0, text=f"waiting for {spec.ranks.size - 1} other ranks"))
+            leader = Leader(
+                spec.worker,
+                spec.ranks,
+                device=spec.device,
+                start_timeout_s=spec.config.cluster.start_timeout_s,
+                silence_s=spec.config.coordinator.heartbeat_timeout_s,
+            )
         engine = build_engine(
             spec.model_dir,
             spec.config.model,
@@ -261,9 +273,10 @@ class HostedWorker(ABC):
             num_threads=spec.num_threads,
             workload=Workload.PREFILL if spec.role is Role.PREFILL else Workload.ANY,
             progress=lambda done, text: steps.put(Progress(fraction=0.99 * done, text=text)),
+            ranks=None if leader is None else leader.ranks,
         )
         steps.put(Progress(fraction=0.99, text="registering memory for transfers"))
-        return self._serve(spec, engine)
+        return self._serve(spec, engine if leader is None else leading(engine, leader), leader)
 
     def _require(self) -> Running:
         if self._running is None:

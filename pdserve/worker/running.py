@@ -339,9 +339,10 @@ def _device_name(engine: EnginePort) -> str:
 
 def _num_devices(spec: WorkerSpec, engine: EnginePort) -> float:
     """What is paid for: cores, or GPUs."""
+    ranks = engine.fingerprint.tp_size
     if engine.runner.pools[0].device.type == "cpu":
-        return spec.num_threads or torch.get_num_threads()
-    return spec.config.cluster.gpus_per_worker or 1.0
+        return ranks * (spec.num_threads or torch.get_num_threads())
+    return ranks * (spec.config.cluster.gpus_per_worker or 1.0)
 
 
 def _conserved(beat: Heartbeat) -> Heartbeat:

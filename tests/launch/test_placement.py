@@ -164,3 +164,48 @@ def test_a_role_that_goes_anywhere_leaves_the_others_nodes_to_it() -> None:
     pinned = config(1, 1, decode_node_resource="decode", gpus_per_worker=1)
     nodes = [node(64, 1, id="d", resources=("decode",)), node(64, 1, id="x")]
     assert len(plan_placement(pinned, nodes).slots) == 2
+
+
+def ranked(prefill: int, decode: int, **cluster: object) -> ServeConfig:
+    base = config(1, 1, **cluster)
+    return base.model_copy(
+        update={
+            "prefill": base.prefill.model_copy(update={"tensor_parallel_size": prefill}),
+            "decode": base.decode.model_copy(update={"tensor_parallel_size": decode}),
+        }
+    )
+
+
+def test_the_ranks_of_a_worker_are_one_bundle_and_pin_cores_of_their_own() -> None:
+    plan = plan_placement(ranked(1, 2, cpus_per_worker=2), [node(8)])
+    assert [plan.bundle(slot.role, slot.ranks)["CPU"] for slot in plan.slots] == [2.0, 4.0]
+    placed = {slot.worker: "n0" for slot in plan.slots}
+    assert core_slots(plan, placed, [node(8)]) == {
+        "prefill-0": (0, 1),
+        "decode-0/0": (2, 3),
+        "decode-0/1": (4, 5),
+    }
+
+
+def test_every_rank_counts_when_gpus_are_divided() -> None:
+    plan = plan_placement(ranked(2, 4), [node(64, 8)])
+    assert plan.gpus_per_worker == 1.0
+    assert plan.bundle(Role.DECODE, 4)["GPU"] == 4.0
+
+
+def test_a_worker_whose_ranks_fit_on_no_one_node_is_refused() -> None:
+    nodes = [node(16, 2, id="a"), node(16, 2, id="b"), node(16, 2, id="c")]
+    with pytest.raises(ConfigError, match="4 times that on one node: tensor_parallel_size"):
+        plan_placement(ranked(2, 4), nodes)
+
+
+def test_ranks_do_not_share_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"0\.5 of a GPU: a rank .* needs one of its own"):
+        plan_placement(ranked(2, 2), [node(16, 2)])
+
+
+def test_workers_of_several_ranks_have_no_tiers() -> None:
+    wanted = ranked(1, 2)
+    cache = wanted.cache.model_copy(update={"host_tier_gib": 1.0})
+    with pytest.raises(ConfigError, match="no host or disk tier"):
+        plan_placement(wanted.model_copy(update={"cache": cache}), [node(8)])
