@@ -29,6 +29,7 @@ from pdserve.bench.scenario import Scenario, SystemSpec
 from pdserve.bench.servers import Server, serving
 from pdserve.bench.workload import Session, Turn, Workload, build_workload
 from pdserve.core.config import Admission, RoutingPolicy
+from pdserve.core.errors import ConfigError
 
 PROMPTS: Final = (16, 64, 160, 320, 480)
 BATCHES: Final = ((1, 32), (2, 32), (4, 32), (8, 32), (1, 400), (4, 400), (8, 400))
@@ -45,7 +46,7 @@ _SCENARIO: Final = Scenario.model_validate(
             }
         ],
         "warmup_s": 0,
-        "duration_s": 60,
+        "duration_s": 40,
         "drain_s": 60,
     }
 )
@@ -65,6 +66,10 @@ async def ask_all(server: Server, lengths: Sequence[tuple[int, int]], seed: int)
     trial = await run_trial(
         server.driver, Workload(sessions=sessions), system="probe", rate=1.0, round=0, drain_s=60.0
     )
+    failed = next((record for record in trial.records if record.ttft_s is None), None)
+    if failed is not None:
+        wanted = max(prompt for prompt, _ in lengths)
+        raise ConfigError(f"a probe of up to {wanted} tokens failed: {failed.error} {failed.error_text}")
     return trial.records
 
 
@@ -173,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="as for `pdserve serve`; its default by default")
     parser.add_argument("--rate", type=float, nargs="+", default=[1.0, 2.0], help="requests per second")
-    parser.add_argument("--repeats", type=int, default=5, help="of each probe of the profile")
+    parser.add_argument("--repeats", type=int, default=3, help="of each probe of the profile")
     chosen = parser.parse_args()
     spec = SystemSpec(name="1P1D", prefill=1, decode=1, model=chosen.model)
     print(asyncio.run(calibrate(spec, chosen.rate, chosen.repeats)))
