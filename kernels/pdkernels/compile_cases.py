@@ -51,10 +51,13 @@ class Heads:
     block_tokens: int = 64
     window: int | None = None
     soft_cap: float | None = None
+    fp8: bool = False
+    """The KV cache."""
 
     def __str__(self) -> str:
         extras = [f"B{self.block_tokens}"] if self.block_tokens != 64 else []
         extras += [f"window {self.window}"] if self.window else []
+        extras += ["FP8 cache"] if self.fp8 else []
         extras += [f"cap {self.soft_cap:g}"] if self.soft_cap else []
         return ", ".join([f"{self.q}/{self.kv} heads of {self.dim}", _short(self.dtype), *extras])
 
@@ -66,6 +69,9 @@ GEOMETRIES: Final = (
     Heads(q=32, kv=8, dim=128, block_tokens=16, window=4096),
     Heads(q=16, kv=8, dim=256, window=4096, soft_cap=50.0),
     Heads(q=32, kv=32, dim=80),
+    Heads(q=32, kv=8, dim=128, fp8=True),
+    Heads(q=9, kv=3, dim=64, fp8=True),
+    Heads(q=16, kv=8, dim=256, window=4096, fp8=True),
     Heads(q=9, kv=3, dim=64, dtype=FP32),
     Heads(q=32, kv=8, dim=128, dtype=FP32),
 )
@@ -79,7 +85,7 @@ def cases() -> Iterator[Case]:
             yield Case(name, partial(_experts, tokens, dtype), tokens == 64)
     yield from _quantised()
     for index, heads in enumerate(GEOMETRIES):
-        quick = index in (0, 2, 6)
+        quick = index in (0, 2, 6, 9)
         yield Case(f"decode, {heads}", partial(_decode, heads), quick)
         yield Case(f"prefill, {heads}", partial(_prefill, heads), quick)
 
@@ -94,7 +100,8 @@ def _elementwise() -> Iterator[Case]:
     yield Case("32/8 heads of 128, bf16", lambda: _rope(GEOMETRIES[0], None))
     norm = QKNorm(_meta(128), _meta(128), 1e-6)
     yield Case("32/8 heads of 128, bf16, normed", lambda: _rope(GEOMETRIES[0], norm))
-    yield Case("9/3 heads of 64, fp32", lambda: _rope(GEOMETRIES[6], None))
+    yield Case("32/8 heads of 128, bf16, FP8 cache", lambda: _rope(GEOMETRIES[6], None), False)
+    yield Case("9/3 heads of 64, fp32", lambda: _rope(GEOMETRIES[9], None))
     yield Case(
         "gather, 32 layers, 8 heads of 128, bf16", lambda: gather_blocks(_pool(GEOMETRIES[0]), _index(9))
     )
@@ -238,7 +245,8 @@ def _prefill(heads: Heads) -> None:
 
 
 def _pool(heads: Heads) -> Tensor:
-    return _meta(1000, 32, 2, heads.kv, heads.block_tokens, heads.dim, dtype=heads.dtype)
+    dtype = torch.float8_e4m3fn if heads.fp8 else heads.dtype
+    return _meta(1000, 32, 2, heads.kv, heads.block_tokens, heads.dim, dtype=dtype)
 
 
 def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pdkernels._triton import jit, jit_for_any, tl
-from pdkernels.paged import kv_offsets, scaled_scores
+from pdkernels.paged import cached, fp8_mode, kv_offsets, require_cache, scaled_scores, stored
 from pdkernels.tuning import attention_config, device_config
 from pdkernels.validate import (
     next_power_of_2,
@@ -47,6 +47,7 @@ def decode_kernel(
     first_slot: tl.tensor,
     layer: tl.tensor,
     scale: tl.tensor,
+    v_scale: tl.tensor,
     q_stride: tl.tensor,
     table_stride: tl.tensor,
     pool_stride_n: tl.tensor,
@@ -61,6 +62,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
 ) -> None:
     # grid (C, K): one item of the plan and one kv head each.
     G: tl.constexpr = H // K
@@ -94,6 +96,7 @@ def decode_kernel(
         k_DN = tl.load(
             k_pool + at_N[None, :] + d_D[:, None], mask=live_N[None, :] & (d_D < D)[:, None], other=0.0
         )
+        k_DN = cached(k_DN, q_MD.dtype, FP8)
         s_MN = scaled_scores(tl.dot(q_MD, k_DN, input_precision=PRECISION), scale, SOFT_CAP)
         if WINDOW > 0:
             s_MN = tl.where((live_N & (n_N >= floor))[None, :], s_MN, float("-inf"))
@@ -102,6 +105,7 @@ def decode_kernel(
         v_ND = tl.load(
             v_pool + at_N[:, None] + d_D[None, :], mask=live_N[:, None] & (d_D < D)[None, :], other=0.0
         )
+        v_ND = cached(v_ND, q_MD.dtype, FP8)
         new_max_M = tl.maximum(max_M, tl.max(s_MN, axis=1))
         p_MN = tl.exp2(s_MN - new_max_M[:, None])
         shrink_M = tl.exp2(max_M - new_max_M)
@@ -109,7 +113,7 @@ def decode_kernel(
         acc_MD = acc_MD * shrink_M[:, None]
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision=PRECISION)
         max_M = new_max_M
-    acc_MD = acc_MD / sum_M[:, None]
+    acc_MD = acc_MD * (v_scale / sum_M)[:, None] if FP8 > 0 else acc_MD / sum_M[:, None]
     slots = tl.load(first_slot + seq + 1) - tl.load(first_slot + seq)
     if slots == 1:
         to_MD = row * (H * D) + head_M[:, None] * D + d_D[None, :]
@@ -181,7 +185,7 @@ def _validate(q_THD: Tensor, pool: Tensor, layer: int, work: DecodeWork, out_THD
     op = "decode_attention"
     require_float(op, "q", q_THD)
     require_pool(op, pool, layer)
-    require_like(op, "pool", pool, q_THD)
+    require_cache(op, pool, q_THD)
     require_shape(op, "q", q_THD, (None, None, pool.shape[5]))
     require_rows(op, "q", q_THD)
     dense = q_THD.stride(1) == q_THD.shape[2]
@@ -199,10 +203,13 @@ def _validate(q_THD: Tensor, pool: Tensor, layer: int, work: DecodeWork, out_THD
     require_int32(op, "tables_SM", work.tables_SM, (s, None))
 
 
-def decode_tile(pool: Tensor) -> int:
-    """KV tokens per iteration for this pool: the `tile` the plan must be cut by."""
+def decode_tile(pool: Tensor, dtype: torch.dtype | None = None) -> int:
+    """KV tokens per iteration for this pool: the `tile` the plan must be cut by. dtype: of the queries, where
+    it is not the pool's."""
     config = attention_config(
-        device_config(pool.device).decode, pool.element_size(), next_power_of_2(max(16, pool.shape[5]))
+        device_config(pool.device).decode,
+        (dtype or pool.dtype).itemsize,
+        next_power_of_2(max(16, pool.shape[5])),
     )
     return config.block_n
 
@@ -217,13 +224,15 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """softmax(cap(q k^T * scale)) v of one token per sequence; writes rows `rows_S` of out_THD only.
 
-    q_THD: rotated queries, dense in heads and head_dim. pool: [N, L, 2, K, B, D] of q's dtype, holding the
-    new token's KV too. window: the query sees the last `window` tokens, itself included. The plan must come
-    from `plan_decode` with `decode_tile(pool)` and the same window. Two launches, no synchronisation, grids
-    fixed by S and C: safe to capture. Raises `KernelInputError`.
+    q_THD: rotated queries, dense in heads and head_dim. pool: [N, L, 2, K, B, D] of q's dtype or
+    float8_e4m3fn, holding the new token's KV too. kv_scales: what numbers of an FP8 pool's keys and values
+    are multiplied by. window: the query sees the last `window` tokens, itself included. The plan must come
+    from `plan_decode` with `decode_tile(pool, q.dtype)` and the same window. Two launches, no
+    synchronisation, grids fixed by S and C: safe to capture. Raises `KernelInputError`.
     """
     _validate(q_THD, pool, layer, work, out_THD)
     heads, d = q_THD.shape[1:]
@@ -232,12 +241,13 @@ def decode_attention(
     if s == 0:
         return
     block_d = next_power_of_2(max(16, d))
-    config = attention_config(device_config(pool.device).decode, pool.element_size(), block_d)
+    config = attention_config(device_config(pool.device).decode, q_THD.element_size(), block_d)
+    fp8 = fp8_mode(pool)
     partial_CHD = torch.empty((c, heads, d), dtype=torch.float32, device=pool.device)
     lse_CH = torch.empty((c, heads), dtype=torch.float32, device=pool.device)
     decode_kernel[(c, kv_heads)](
         q_THD,
-        pool,
+        stored(pool),
         out_THD,
         partial_CHD,
         lse_CH,
@@ -250,7 +260,8 @@ def decode_attention(
         work.slot_C,
         work.first_slot_S1,
         layer,
-        scale,
+        scale * kv_scales[0] if fp8 else scale,
+        kv_scales[1],
         q_THD.stride(0),
         work.tables_SM.stride(0),
         *pool.stride()[:2],
@@ -263,7 +274,8 @@ def decode_attention(
         BLOCK_M=max(config.block_m, next_power_of_2(heads // kv_heads)),
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
-        PRECISION="ieee" if pool.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
+        FP8=fp8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -1,8 +1,41 @@
-"""What the two attention kernels share: addresses of KV tiles, and the soft cap."""
+"""What the two attention kernels share: addresses of KV tiles, FP8 caches, and the soft cap."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from pdkernels._triton import jit, tl
+from pdkernels.fp8 import from_e4m3
+from pdkernels.tuning import has_fp8
+from pdkernels.validate import require, require_like
+
+E4M3 = torch.float8_e4m3fn
+
+
+def require_cache(op: str, pool: Tensor, x: Tensor) -> None:
+    """Raise unless the pool is of x's dtype or FP8, and on its device."""
+    if pool.dtype != E4M3:
+        require_like(op, "pool", pool, x)
+    require(pool.device == x.device, op, "pool", wanted=f"on {x.device}", found=pool.device)
+
+
+def stored(pool: Tensor) -> Tensor:
+    """The pool as kernels take it: FP8 as bytes."""
+    return pool.view(torch.uint8) if pool.dtype == E4M3 else pool
+
+
+def fp8_mode(pool: Tensor) -> int:
+    """0: the pool is not FP8; 1: numbers are made of its bits; 2: the GPU converts them."""
+    return 0 if pool.dtype != E4M3 else 2 if has_fp8(pool.device) else 1
+
+
+@jit
+def cached(loaded: tl.tensor, dtype: tl.constexpr, FP8: tl.constexpr) -> tl.tensor:
+    """What was loaded from the pool, as numbers of the queries' dtype (or the pool's own)."""
+    if FP8 > 0:
+        loaded = from_e4m3(loaded, dtype, FP8 == 2)
+    return loaded
 
 
 @jit

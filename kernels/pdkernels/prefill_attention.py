@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pdkernels._triton import jit, jit_for_any, tl
-from pdkernels.paged import kv_offsets, scaled_scores
+from pdkernels.paged import cached, fp8_mode, kv_offsets, require_cache, scaled_scores, stored
 from pdkernels.tuning import attention_config, device_config
 from pdkernels.validate import (
     next_power_of_2,
@@ -57,6 +57,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Online softmax over KV tiles [first, last); `end` is the first token whose memory may be garbage."""
     d_D = tl.arange(0, BLOCK_D)
@@ -67,6 +68,7 @@ def _attend(
             k_DN = tl.load(k_pool + at_N[None, :] + d_D[:, None])
         else:
             k_DN = tl.load(k_pool + at_N[None, :] + d_D[:, None], mask=(d_D < D)[:, None], other=0.0)
+        k_DN = cached(k_DN, q_MD.dtype, FP8)
         s_MN = scaled_scores(tl.dot(q_MD, k_DN, input_precision=PRECISION), scale, SOFT_CAP)
         if MASKED:
             seen_MN = n_N[None, :] <= position_M[:, None]
@@ -92,6 +94,7 @@ def _attend(
             v_ND = tl.load(v_pool + at_N[:, None] + d_D[None, :])
         else:
             v_ND = tl.load(v_pool + at_N[:, None] + d_D[None, :], mask=(d_D < D)[None, :], other=0.0)
+        v_ND = cached(v_ND, q_MD.dtype, FP8)
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision=PRECISION)
         max_M = new_max_M
     return acc_MD, max_M, sum_M
@@ -110,6 +113,7 @@ def prefill_kernel(
     tile_first: tl.tensor,
     layer: tl.tensor,
     scale: tl.tensor,
+    v_scale: tl.tensor,
     q_stride: tl.tensor,
     table_stride: tl.tensor,
     pool_stride_n: tl.tensor,
@@ -124,6 +128,7 @@ def prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
 ) -> None:
     # grid (K, I): kv heads are neighbours in launch order, so tiles with most KV start first in every head.
     G: tl.constexpr = H // K
@@ -162,21 +167,23 @@ def prefill_kernel(
         inner = tl.minimum(inner, outer)
         acc_MD, max_M, sum_M = _attend(
             q_MD, acc_MD, max_M, sum_M, position_M, k_pool, v_pool, table, first, inner, end, scale,
-            pool_stride_n, D, B, WINDOW, SOFT_CAP, True, BLOCK_N, BLOCK_D, PRECISION,
+            pool_stride_n, D, B, WINDOW, SOFT_CAP, True, BLOCK_N, BLOCK_D, PRECISION, FP8,
         )  # fmt: skip
         inner = tl.maximum(first, inner)
     acc_MD, max_M, sum_M = _attend(
         q_MD, acc_MD, max_M, sum_M, position_M, k_pool, v_pool, table, inner, outer, end, scale,
-        pool_stride_n, D, B, WINDOW, SOFT_CAP, False, BLOCK_N, BLOCK_D, PRECISION,
+        pool_stride_n, D, B, WINDOW, SOFT_CAP, False, BLOCK_N, BLOCK_D, PRECISION, FP8,
     )  # fmt: skip
     outer = tl.maximum(inner, outer)
     acc_MD, max_M, sum_M = _attend(
         q_MD, acc_MD, max_M, sum_M, position_M, k_pool, v_pool, table, outer, end, end, scale,
-        pool_stride_n, D, B, WINDOW, SOFT_CAP, True, BLOCK_N, BLOCK_D, PRECISION,
+        pool_stride_n, D, B, WINDOW, SOFT_CAP, True, BLOCK_N, BLOCK_D, PRECISION, FP8,
     )  # fmt: skip
 
     # Rows without a token may have seen nothing; they are not stored.
     acc_MD = acc_MD / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
+    if FP8 > 0:
+        acc_MD = acc_MD * v_scale
     to_M = (row + token_M) * (H * D) + head_M * D
     tl.store(out + to_M[:, None] + d_D[None, :], acc_MD.to(out.dtype.element_ty), mask=live_MD)
 
@@ -198,23 +205,24 @@ class PrefillWork:
     first_I: Tensor
 
 
-def _block_m(pool: Tensor, num_heads: int) -> int:
+def _block_m(pool: Tensor, num_heads: int, dtype: torch.dtype) -> int:
     config = attention_config(
-        device_config(pool.device).prefill, pool.element_size(), next_power_of_2(max(16, pool.shape[5]))
+        device_config(pool.device).prefill, dtype.itemsize, next_power_of_2(max(16, pool.shape[5]))
     )
     return max(config.block_m, next_power_of_2(num_heads // pool.shape[3]))
 
 
-def prefill_tile_tokens(pool: Tensor, num_heads: int) -> int:
-    """Tokens per query tile for this pool: what `plan_prefill` must cut by."""
-    return _block_m(pool, num_heads) // (num_heads // pool.shape[3])
+def prefill_tile_tokens(pool: Tensor, num_heads: int, dtype: torch.dtype | None = None) -> int:
+    """Tokens per query tile for this pool: what `plan_prefill` must cut by. dtype: of the queries, where it
+    is not the pool's."""
+    return _block_m(pool, num_heads, dtype or pool.dtype) // (num_heads // pool.shape[3])
 
 
 def _validate(q_THD: Tensor, pool: Tensor, layer: int, work: PrefillWork, out_THD: Tensor) -> None:
     op = "prefill_attention"
     require_float(op, "q", q_THD)
     require_pool(op, pool, layer)
-    require_like(op, "pool", pool, q_THD)
+    require_cache(op, pool, q_THD)
     require_shape(op, "q", q_THD, (None, None, pool.shape[5]))
     require_rows(op, "q", q_THD)
     dense = q_THD.stride(1) == q_THD.shape[2]
@@ -242,12 +250,14 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Causal softmax(cap(q k^T * scale)) v (Dao 2023, "FlashAttention-2"); writes the batch's rows of out.
 
-    q_THD: rotated queries, dense in heads and head_dim. pool: [N, L, 2, K, B, D] of q's dtype, holding the
-    new tokens' KV too. window: a query sees the last `window` tokens, itself included. The plan must come
-    from `plan_prefill` with `prefill_tile_tokens(pool, H)`. One launch, no synchronisation. Raises
+    q_THD: rotated queries, dense in heads and head_dim. pool: [N, L, 2, K, B, D] of q's dtype or
+    float8_e4m3fn, holding the new tokens' KV too. kv_scales: what numbers of an FP8 pool's keys and values
+    are multiplied by. window: a query sees the last `window` tokens, itself included. The plan must come
+    from `plan_prefill` with `prefill_tile_tokens(pool, H, q.dtype)`. One launch, no synchronisation. Raises
     `KernelInputError`.
     """
     _validate(q_THD, pool, layer, work, out_THD)
@@ -257,10 +267,11 @@ def prefill_attention(
     if num_tiles == 0:
         return
     block_d = next_power_of_2(max(16, d))
-    config = attention_config(device_config(pool.device).prefill, pool.element_size(), block_d)
+    config = attention_config(device_config(pool.device).prefill, q_THD.element_size(), block_d)
+    fp8 = fp8_mode(pool)
     prefill_kernel[(kv_heads, num_tiles)](
         q_THD,
-        pool,
+        stored(pool),
         out_THD,
         work.tables_SM,
         work.row_S,
@@ -269,7 +280,8 @@ def prefill_attention(
         work.seq_I,
         work.first_I,
         layer,
-        scale,
+        scale * kv_scales[0] if fp8 else scale,
+        kv_scales[1],
         q_THD.stride(0),
         work.tables_SM.stride(0),
         *pool.stride()[:2],
@@ -279,10 +291,11 @@ def prefill_attention(
         B=block_tokens,
         WINDOW=window or 0,
         SOFT_CAP=soft_cap or 0.0,
-        BLOCK_M=_block_m(pool, heads),
+        BLOCK_M=_block_m(pool, heads, q_THD.dtype),
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
-        PRECISION="ieee" if pool.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q_THD.dtype == torch.float32 else "tf32",
+        FP8=fp8,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from pdkernels._triton import jit, jit_for_any, tl
+from pdkernels.fp8 import to_e4m3
+from pdkernels.paged import fp8_mode, require_cache, stored
 from pdkernels.validate import (
     ceil_div,
     next_power_of_2,
@@ -50,6 +52,12 @@ def _norm_halves(
     return lo_HR.to(dtype).to(tl.float32), hi_HR.to(dtype).to(tl.float32)
 
 
+@jit
+def _cache_number(x: tl.tensor, scale: tl.tensor, dtype: tl.constexpr, FP8: tl.constexpr) -> tl.tensor:
+    """x as the pool holds it."""
+    return to_e4m3(x.to(tl.float32) / scale) if FP8 else x.to(dtype)
+
+
 @jit_for_any("layer")
 def rope_and_write_kernel(
     q: tl.tensor,
@@ -63,6 +71,8 @@ def rope_and_write_kernel(
     q_weight: tl.tensor,
     k_weight: tl.tensor,
     eps: tl.tensor,
+    k_scale: tl.tensor,
+    v_scale: tl.tensor,
     layer: tl.tensor,
     q_stride_t: tl.tensor,
     q_stride_h: tl.tensor,
@@ -79,6 +89,7 @@ def rope_and_write_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     QK_NORM: tl.constexpr,
+    FP8: tl.constexpr,
 ) -> None:
     # grid (T, ceil(H / BLOCK_H) + ceil(K / BLOCK_H)): query heads first, then kv heads.
     HALF: tl.constexpr = D // 2
@@ -118,15 +129,21 @@ def rope_and_write_kernel(
             to = pool + (slot // B) * pool_stride_n + layer * pool_stride_l + (slot % B) * D
             to_HR = h_H[:, None] * (B * D) + r_R[None, :]
             cache = pool.dtype.element_ty
-            tl.store(to + to_HR, (lo_HR * cos_R - hi_HR * sin_R).to(cache), mask=live_HR)
-            tl.store(to + HALF + to_HR, (hi_HR * cos_R + lo_HR * sin_R).to(cache), mask=live_HR)
+            tl.store(
+                to + to_HR, _cache_number(lo_HR * cos_R - hi_HR * sin_R, k_scale, cache, FP8), mask=live_HR
+            )
+            tl.store(
+                to + HALF + to_HR,
+                _cache_number(hi_HR * cos_R + lo_HR * sin_R, k_scale, cache, FP8),
+                mask=live_HR,
+            )
             at_HR = h_H[:, None] * v_stride_h + r_R[None, :]
             row = v + token * v_stride_t
             v_lo_HR = tl.load(row + at_HR, mask=live_HR, other=0.0)
             v_hi_HR = tl.load(row + HALF + at_HR, mask=live_HR, other=0.0)
             to += K * B * D
-            tl.store(to + to_HR, v_lo_HR.to(cache), mask=live_HR)
-            tl.store(to + HALF + to_HR, v_hi_HR.to(cache), mask=live_HR)
+            tl.store(to + to_HR, _cache_number(v_lo_HR, v_scale, cache, FP8), mask=live_HR)
+            tl.store(to + HALF + to_HR, _cache_number(v_hi_HR, v_scale, cache, FP8), mask=live_HR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +169,8 @@ def _validate(
     require(d % 2 == 0, op, "head_dim", wanted="even", found=d)
     num_slots = pool.shape[0] * pool.shape[4]
     require(num_slots < 2**31, op, "pool", wanted="of under 2^31 token slots", found=num_slots)
-    for name, tensor in (("k", k_TKD), ("v", v_TKD), ("pool", pool)):
+    require_cache(op, pool, q_THD)
+    for name, tensor in (("k", k_TKD), ("v", v_TKD)):
         require_like(op, name, tensor, q_THD)
     for name, tensor in (("q", q_THD), ("k", k_TKD), ("v", v_TKD)):
         require_rows(op, name, tensor)
@@ -173,6 +191,7 @@ def rope_and_write(
     positions_T: Tensor,
     slots_T: Tensor,
     qk_norm: QKNorm | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Rotate q and k, write k and v into the pool.
 
@@ -180,7 +199,9 @@ def rope_and_write(
     Llama has it.
 
     q_THD, k_TKD, v_TKD: one dtype, dense last dimension, other strides free (slices of a fused projection).
-    pool: [N, L, 2, K, B, D] of that dtype, contiguous. cos_sin_PD: fp32, row p is cos (D/2) then sin (D/2) of
+    pool: [N, L, 2, K, B, D] of that dtype or float8_e4m3fn, contiguous. kv_scales: keys and values are
+    divided by these before they are written to an FP8 pool, and are 448 of them at most.
+    cos_sin_PD: fp32, row p is cos (D/2) then sin (D/2) of
     position p. positions_T: int32 in [0, P). slots_T: int32, block * B + token within the block, each used
     once; a negative one marks a padding row, which writes nothing to the pool.
     Returns a new contiguous [T, H, D]. Raises `KernelInputError` (values of index tensors are not checked).
@@ -202,13 +223,14 @@ def rope_and_write(
         k_TKD,
         v_TKD,
         out_THD,
-        pool,
+        stored(pool),
         cos_sin_PD,
         positions_T,
         slots_T,
         q_THD if qk_norm is None else qk_norm.q_weight_D,
         k_TKD if qk_norm is None else qk_norm.k_weight_D,
         0.0 if qk_norm is None else qk_norm.eps,
+        *kv_scales,
         layer,
         *q_THD.stride()[:2],
         *k_TKD.stride()[:2],
@@ -221,6 +243,7 @@ def rope_and_write(
         BLOCK_H=block_h,
         BLOCK_R=next_power_of_2(d // 2),
         QK_NORM=qk_norm is not None,
+        FP8=fp8_mode(pool) > 0,
         num_warps=4 if block_h * d >= 1024 else 1,
     )
     return out_THD

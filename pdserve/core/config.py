@@ -86,9 +86,19 @@ class ModelSettings(Frozen):
         return () if names is None else (names,) if isinstance(names, str) else names
 
 
+class KVCacheDType(StrEnum):
+    """What numbers of the KV cache are stored as."""
+
+    AUTO = "auto"
+    FP8_E4M3 = "fp8_e4m3"
+
+
 class CacheSettings(Frozen):
     block_size: PositiveInt = 64
     """Tokens per KV block."""
+    kv_cache_dtype: KVCacheDType = KVCacheDType.AUTO
+    """auto: the model's dtype. fp8_e4m3: 8 bits a number, so half of the memory and of every transfer, and
+    answers that differ a little; workers of one deployment must have the same."""
     num_blocks: PositiveInt | None = None
     """Blocks per worker; derived from memory_gib when not given."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None

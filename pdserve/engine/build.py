@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from pdserve.core.config import CacheSettings, DType, ModelSettings
+from pdserve.core.config import CacheSettings, DType, KVCacheDType, ModelSettings
 from pdserve.core.errors import ConfigError
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout, blocks_for
 from pdserve.engine.heap import keep_heap_between_steps
@@ -31,6 +31,7 @@ from pdserve.models.weights import DummySource, WeightSource, load_llama
 GIB: Final = 2**30
 CPU_POOL_BYTES: Final = GIB
 """KV pool on a CPU when nothing is configured."""
+KV_DTYPES: Final = {KVCacheDType.AUTO: None, KVCacheDType.FP8_E4M3: "float8_e4m3fn"}
 GPU_STEP_BYTES: Final = GIB
 """Left free on a GPU for the activations of a step."""
 
@@ -75,7 +76,11 @@ def build_engine(
     _prepare(target, num_threads)
     say(0.0, "reading the configuration")
     config = read_config(model_dir)
-    config = replace(config, dtype=config.dtype if model.dtype is DType.AUTO else model.dtype.value)
+    config = replace(
+        config,
+        dtype=config.dtype if model.dtype is DType.AUTO else model.dtype.value,
+        kv_cache_dtype=KV_DTYPES[cache.kv_cache_dtype],
+    )
     wanted_len = _wanted_len(config, model)
     weights, digest = _load(model_dir, model, config, target, wanted_len, workload, say, ranks)
     say(0.97, "allocating the KV cache")
@@ -195,7 +200,7 @@ def _cache_group(config: ModelConfig, ranks: Ranks | None) -> CacheGroup:
         num_kv_heads=own.num_kv_heads,
         total_kv_heads=None if ranks is None else config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=config.dtype,
+        dtype=config.kv_dtype,
         sliding_window=config.sliding_window,
     )
 

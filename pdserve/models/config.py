@@ -67,7 +67,13 @@ class ModelConfig:
     moe: MoeConfig | None = None
     dtype: str = "bfloat16"
     """The checkpoint's own: bfloat16, float16 or float32."""
+    kv_cache_dtype: str | None = None
+    """Of the KV cache, where not `dtype`: float8_e4m3fn."""
     quantization: Scheme | None = None
     """How the weights are stored, where not in a type of their own."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def kv_dtype(self) -> str:
+        return self.kv_cache_dtype or self.dtype

@@ -213,13 +213,18 @@ def attend_decode(
     sequences, heads, head_dim = q_RHD.shape
     batch = sequences * num_kv_heads
     q = q_RHD.reshape(batch, heads // num_kv_heads, head_dim)
-    k = head_rows.index_select(0, group.keys_L[layer]).view(batch, -1, head_dim).float()
-    v = head_rows.index_select(0, group.values_L[layer]).view(batch, -1, head_dim)
+    k = _numbers(head_rows.index_select(0, group.keys_L[layer])).view(batch, -1, head_dim).float()
+    v = _numbers(head_rows.index_select(0, group.values_L[layer])).view(batch, -1, head_dim)
     mask = group.mask_R1P.expand(-1, q.shape[1], -1)
     weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=head_dim**-0.5).softmax(dim=-1)
     if v.dtype != torch.bfloat16 or sequences * v.shape[1] < BFLOAT16_CONTEXT:
         return torch.bmm(weights, v.float()).view(sequences, heads, head_dim)
     return torch.bmm(weights.bfloat16(), v).float().view(sequences, heads, head_dim)
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    """Rows of the pool as numbers; torch gathers FP8 as bytes only."""
+    return rows.view(torch.float8_e4m3fn).float() if rows.dtype == torch.uint8 else rows
 
 
 def attend_prefill(
@@ -228,8 +233,8 @@ def attend_prefill(
     """One chunk; writes float32 out_THD. Scores are float32, their softmax is bfloat16 where the pool is."""
     length, heads, head_dim = q_THD.shape
     per_kv = heads // num_kv_heads
-    k_KPD = head_rows.index_select(0, group.keys_L[layer]).view(num_kv_heads, -1, head_dim).float()
-    v_KPD = head_rows.index_select(0, group.values_L[layer]).view(num_kv_heads, -1, head_dim)
+    k_KPD = _numbers(head_rows.index_select(0, group.keys_L[layer])).view(num_kv_heads, -1, head_dim).float()
+    v_KPD = _numbers(head_rows.index_select(0, group.values_L[layer])).view(num_kv_heads, -1, head_dim)
     if v_KPD.dtype == torch.float16:
         v_KPD = v_KPD.float()
     k_KDP = k_KPD.transpose(1, 2)

@@ -120,7 +120,8 @@ class NativeOps(CpuOps):
 
     def stack(self, layers: Sequence[Any], final_norm_E: Tensor, head: AnyLinear) -> NativeStack | None:
         """None where some projection around attention is in another form."""
-        if self._config.head_dim % HEAD_MULTIPLE or self._config.dtype != "bfloat16":
+        kinds = {self._config.dtype, self._config.kv_dtype}
+        if self._config.head_dim % HEAD_MULTIPLE or kinds != {"bfloat16"}:
             return None
         around = [linear for layer in layers for linear in (layer.qkv, layer.out)]
         if not isinstance(head, NativeLinear) or not all(isinstance(x, NativeLinear) for x in around):

@@ -1,10 +1,11 @@
-"""`ModelOps` on a CPU, in plain torch. Activations are float32; weights and KV keep the model's dtype."""
+"""`ModelOps` on a CPU, in plain torch. Activations are float32; weights and KV keep the model's dtype
+(or the KV is FP8)."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from pdserve.models.ops import Linear as AnyLinear
 from pdserve.models.quantization.fp8 import Fp8Weight
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import rope_table
+
+FP8_MAX: Final = 448.0
+"""The largest number of float8_e4m3fn; torch makes NaN of what is greater."""
 
 
 class CpuOps:
@@ -91,8 +95,11 @@ class CpuOps:
             itemsize=pool_NL2KBD.element_size(),
         )
         self._pool = pool_NL2KBD
-        self._token_rows = pool_NL2KBD.view(-1, head_dim)
-        self._head_rows = pool_NL2KBD.view(-1, block_tokens * head_dim)
+        # torch indexes FP8 as bytes only.
+        self._fp8 = pool_NL2KBD.dtype == torch.float8_e4m3fn
+        indexed = pool_NL2KBD.view(torch.uint8) if self._fp8 else pool_NL2KBD
+        self._token_rows = indexed.view(-1, head_dim)
+        self._head_rows = indexed.view(-1, block_tokens * head_dim)
 
     def plan(self, slices: Sequence[SliceMeta]) -> Any:
         window = self._config.sliding_window
@@ -137,7 +144,12 @@ class CpuOps:
             k_TKD.copy_(self.rms_norm(k_TKD, qk_norm.k_D, qk_norm.eps))
         swapped = qk_TSD.roll(qk_TSD.shape[-1] // 2, dims=-1)
         qk_TSD.mul_(plan.cos_T1D).addcmul_(swapped, plan.sin_T1D)
-        kv = qkv_TSD[:, queries:].to(self._token_rows.dtype).reshape(-1, qkv_TSD.shape[-1])
+        kv_T2KD = qkv_TSD[:, queries:]
+        if self._fp8:
+            kv = kv_T2KD.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        else:
+            kv = kv_T2KD.to(self._token_rows.dtype)
+        kv = kv.reshape(-1, qkv_TSD.shape[-1])
         self._token_rows.index_copy_(0, plan.write_L[layer], kv)
         return qkv_TSD[:, :queries]
 

@@ -1,7 +1,8 @@
 """`ModelOps` on CUDA devices, over the Triton kernels of `pdkernels`.
 
-Activations, weights and KV all have the model's dtype. A step's index tensors are built in numpy, packed into
-one pinned buffer and sent by one asynchronous copy; nothing here waits for the device but `layers_done`.
+Activations and weights have the model's dtype, the KV too, or it is FP8. A step's index tensors are built in
+numpy, packed into one pinned buffer and sent by one asynchronous copy; nothing here waits for the device but
+`layers_done`.
 
 Shape legend: T tokens of the step, E hidden, H query heads, K kv heads, S = H + 2K, D head_dim, F ff,
 P positions; in the plan: Q sequences of one attention kind, M blocks of the longest.
@@ -132,12 +133,12 @@ class TritonOps:
         return None
 
     def bind_pool(self, pool_NL2KBD: Tensor) -> None:
-        if pool_NL2KBD.dtype != self._dtype:
+        if pool_NL2KBD.dtype not in (self._dtype, torch.float8_e4m3fn):
             raise ConfigError(f"the KV pool is {pool_NL2KBD.dtype}, the model {self._dtype}")
         self._pool = pool_NL2KBD
         self._block_tokens = pool_NL2KBD.shape[4]
-        self._decode_tile = decode_tile(pool_NL2KBD)
-        self._prefill_tile_tokens = prefill_tile_tokens(pool_NL2KBD, self._config.num_heads)
+        self._decode_tile = decode_tile(pool_NL2KBD, self._dtype)
+        self._prefill_tile_tokens = prefill_tile_tokens(pool_NL2KBD, self._config.num_heads, self._dtype)
         self._program_slots = program_slots(pool_NL2KBD.device)
 
     def plan(self, slices: Sequence[SliceMeta]) -> TritonPlan:

@@ -16,6 +16,7 @@ model.dtype                      `auto`, `bfloat16`, `float16`, `float32` = `aut
 model.max_model_len              integer or nothing  = nothing
 model.load_format                `auto`, `dummy`     = `auto`
 cache.block_size                 integer             = `64`
+cache.kv_cache_dtype             `auto`, `fp8_e4m3`  = `auto`
 cache.num_blocks                 integer or nothing  = nothing
 cache.memory_gib                 number or nothing   = nothing
 cache.gpu_memory_utilization     number              = `0.9`

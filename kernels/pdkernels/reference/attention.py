@@ -8,7 +8,11 @@ from torch import Tensor
 
 def gather_kv(pool: Tensor, layer: int, blocks: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
     """K and V of a sequence's first `num_tokens` tokens, each [K, num_tokens, D] in fp32."""
-    chosen = pool[torch.tensor(blocks, device=pool.device, dtype=torch.long), layer].float()
+    index = torch.tensor(blocks, device=pool.device, dtype=torch.long)
+    if pool.dtype == torch.float8_e4m3fn:
+        chosen = pool.view(torch.uint8)[index, layer].view(pool.dtype).float()
+    else:
+        chosen = pool[index, layer].float()
     k_v = chosen.permute(1, 2, 0, 3, 4).flatten(2, 3)
     return k_v[0][:, :num_tokens], k_v[1][:, :num_tokens]
 

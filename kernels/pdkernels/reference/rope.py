@@ -36,6 +36,8 @@ def rope_and_write(
     block_tokens = pool.shape[4]
     for row, slot in enumerate(slots_T.tolist()):
         if slot >= 0:
-            pool[slot // block_tokens, layer, 0, :, slot % block_tokens] = k_TKD[row]
-            pool[slot // block_tokens, layer, 1, :, slot % block_tokens] = v_TKD[row]
+            for which, number in ((0, k_TKD[row]), (1, v_TKD[row])):
+                if pool.dtype == torch.float8_e4m3fn:
+                    number = number.float().clamp(-448, 448)
+                pool[slot // block_tokens, layer, which, :, slot % block_tokens] = number.to(pool.dtype)
     return rotate(q_THD, cos_sin_PD, positions_T)
