@@ -71,7 +71,9 @@ class WorkerState:
     def __post_init__(self) -> None:
         self.window = self.info.max_num_seqs
         self.kv_token_bytes = sum(
-            layout.block_bytes // layout.block_tokens for layout in self.info.fingerprint.layouts
+            # of all ranks together, a head that several hold counted once
+            shard.layout.block_bytes * shard.total_heads // (shard.num_heads * shard.layout.block_tokens)
+            for shard in self.info.fingerprint.shards
         )
 
     def takes_decode(self) -> bool:
