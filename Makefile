@@ -30,9 +30,10 @@ test: $(STAMPS)/dev ## Run the test suite
 test-slow: $(STAMPS)/dev ## Run the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
-chaos: $(STAMPS)/dev ## Kill, stop, drain and restart real processes under load; SEED=n draws other faults, ROUNDS=m more
-	@OMP_NUM_THREADS=1 PDSERVE_CHAOS_SEED=$(or $(SEED),0) PDSERVE_CHAOS_ROUNDS=$(or $(ROUNDS),16) \
-		$(BIN)/pytest tests/e2e/test_chaos.py tests/e2e/test_faults.py tests/e2e/test_drain.py \
+chaos: $(STAMPS)/dev ## Kill, stop, cut off and restart real processes in every phase; SEED=n ROUNDS=m draw more faults
+	@OMP_NUM_THREADS=1 PDSERVE_CHAOS_SEED=$(or $(SEED),0) PDSERVE_CHAOS_ROUNDS=$(or $(ROUNDS),4) \
+		$(BIN)/pytest tests/e2e/test_chaos.py tests/e2e/test_chaos_coordinator.py tests/e2e/test_partition.py \
+		tests/e2e/test_tier_faults.py tests/e2e/test_faults.py tests/e2e/test_drain.py \
 		tests/e2e/test_restart.py tests/worker/test_faults.py tests/worker/test_fault_storms.py tests/worker/test_migration.py \
 		tests/kvtransfer/test_nixl_processes.py tests/kvtransfer/test_integrity.py tests/kvtransfer/test_service.py
 

@@ -65,7 +65,18 @@ class Streaming:
 
 def require_gone(pid: int) -> None:
     """The fault has really happened."""
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        assert has_ended(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also where its parent, or whoever took it over, has not reaped it yet: psutil calls that running."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def require_recovered(running: RunningDeployment, worker: str, epoch: int, oracle: Oracle) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from pdserve.client import Client
 from tests.e2e.test_disaggregated import prompt_of
-from tests.e2e.test_faults import Streaming, require_gone
+from tests.e2e.test_faults import Streaming, has_ended, require_gone
 from tests.support.paths import REPO
 from tests.support.whole_cluster import greedy
 
@@ -33,12 +33,23 @@ READY_S: Final = 120.0
 class Served:
     """One `pdserve serve` process."""
 
-    def __init__(self, checkpoint: Path, port: int, log: Path, *, linger_s: float) -> None:
+    def __init__(
+        self, checkpoint: Path, port: int, log: Path, *, linger_s: float, strike: Path | None = None
+    ) -> None:
+        """strike: as `tests.support.struck_serve` takes it."""
         settings = ["cache.num_blocks=512", "cache.block_size=16", "cluster.heartbeat_s=0.1"]
         settings.append(f"cluster.linger_s={linger_s}")
         options = [word for setting in settings for word in ("--set", setting)]
         self.grpc, self._log = f"127.0.0.1:{port}", log
-        command = [sys.executable, "-m", "pdserve.cli", "serve", "--model", str(checkpoint)]
+        if strike is not None:  # or there might be no transfer to strike in
+            options += [
+                "--set",
+                "coordinator.local_prefill=never",
+                "--set",
+                "coordinator.whole_on_prefill=never",
+            ]
+        program = ["pdserve.cli"] if strike is None else ["tests.support.struck_serve", str(strike)]
+        command = [sys.executable, "-m", *program, "serve", "--model", str(checkpoint)]
         command += ["--port", str(port), "--dtype", "float32", "--no-dashboard", *options]
         with log.open("w") as said:
             self.process = subprocess.Popen(command, stderr=said, cwd=REPO)
@@ -130,8 +141,7 @@ def test_the_next_serve_takes_over_the_workers_that_a_killed_one_left(
             until_every_block_is_back(again)
             again.process.send_signal(signal.SIGTERM)
             assert again.process.wait(60) == 0, again.said()
-            _, alive = psutil.wait_procs(before.values(), timeout=10)
-            assert alive == []
+            until_gone(before.values())
 
 
 @pytest.mark.slow
@@ -147,9 +157,16 @@ def test_workers_end_by_themselves_when_no_serve_comes_back(tiny_oracle: Oracle,
         }
         served.process.kill()
         served.process.wait()
-        _, alive = psutil.wait_procs(left, timeout=30)
-        assert alive == []
+        until_gone(left)
         assert not run_dir.exists()
+
+
+def until_gone(processes: Iterable[psutil.Process]) -> None:
+    """They are not our children: nothing tells us."""
+    deadline = time.monotonic() + 30
+    while alive := [process for process in processes if not has_ended(process)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
 
 
 def until_every_block_is_back(served: Served) -> None:

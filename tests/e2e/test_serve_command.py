@@ -13,6 +13,7 @@ import psutil
 import pytest
 from transformers import PreTrainedModel
 
+from tests.e2e.test_faults import has_ended
 from tests.support.paths import REPO
 
 pytestmark = pytest.mark.ray
@@ -55,7 +56,7 @@ def test_serve_answers_and_leaves_no_process_and_no_file_behind(
         assert serve.returncode == 0, said
         assert "stopped" in said
         assert "Traceback" not in said
-        assert [child for child in started if child.is_running()] == []
+        assert [child for child in started if not has_ended(child)] == []
         assert not run_dir.exists()
     finally:
         serve.kill()
