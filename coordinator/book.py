@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from coordinator.decisions import Decision, DecisionLog, Placement
 from coordinator.events import NewRequest
@@ -20,10 +21,13 @@ from coordinator.stories import Stories
 from coordinator.tenants import Tenants
 from coordinator.waiting import WaitingQueue
 from pdserve.core.config import Admission
-from pdserve.core.ids import RequestId, WorkerId
+from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.messages import Orphaned, Role
 from pdserve.core.prefix import PrefixHashes, key_of
 from pdserve.core.sla_settings import TenantSettings
+
+if TYPE_CHECKING:
+    from coordinator.fetching import Fetch
 
 _USUAL_ANSWER: Final = 256.0
 """Tokens that an answer is expected to have before any has ended."""
@@ -51,6 +55,8 @@ class RegistrySettings:
     """A request that has waited this long without having begun is refused. None: at its deadline."""
     preemption: bool = True
     max_preemptions: int = 3
+    fetch_prefixes: bool = False
+    """What the reader of a prompt lacks of it is asked of a worker that has it, where that is sooner."""
     explain_last: int = 1024
     """How many requests are remembered for who asks later."""
     no_workers_wait_s: float = 30.0
@@ -79,6 +85,12 @@ class Book:
     """By who may still write: decode workers with blocks in quarantine, until the writer can be asked."""
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     """Who has which prompts' beginnings cached, as far as workers say."""
+    fetches: dict[AttemptId, Fetch] = field(default_factory=dict)
+    """Beginnings of prompts that are on their way between workers, and requests that wait for them."""
+    num_fetches: int = 0
+    """Since start."""
+    fetched: Counter[str] = field(default_factory=Counter)
+    """How many have `arrived`, and `failed`, since start."""
     decisions: DecisionLog = field(default_factory=DecisionLog)
     """Why requests went where they went."""
     expiries: list[tuple[float, int, RequestId]] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from coordinator import admission, endings, preempting
+from coordinator import admission, endings, fetching, preempting
 from coordinator.book import Book
 from coordinator.decisions import Placement
 from coordinator.events import Action, Send
@@ -70,7 +70,8 @@ def _place(book: Book, queue: WaitingQueue, now: float) -> list[Action]:
         book.decided(flight, placement, goal, now)
         queue.take(request)
         flight.attempt = Attempt(id=flight.record.attempt_id, placement=placement, base=len(flight.output))
-        actions.append(_offer(book, flight, flight.attempt, now))
+        offer = _offer(book, flight, flight.attempt, now)
+        actions += fetching.offered(book, flight, flight.attempt, offer, now)
     return actions
 
 
@@ -103,7 +104,7 @@ def _route(book: Book, flight: Flight, goal: Goal, avoid: Collection[WorkerId]) 
     )
 
 
-def _offer(book: Book, flight: Flight, attempt: Attempt, now: float) -> Action:
+def _offer(book: Book, flight: Flight, attempt: Attempt, now: float) -> Send:
     flight.record.move_to(Phase.ADMITTED, now=now)
     decode, prefill = book.fleet.up(attempt.decode), book.fleet.up(attempt.prefill)
     if decode is not None:

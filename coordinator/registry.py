@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from collections import Counter
 from typing import Final, assert_never
 
-from coordinator import admission, endings, moving, orphans, placing, preempting, progress, roles
+from coordinator import admission, endings, fetching, moving, orphans, placing, preempting, progress, roles
 from coordinator.book import Book, RegistrySettings
 from coordinator.decisions import Decision, DecisionLog
 from coordinator.events import (
@@ -103,6 +104,16 @@ class Registry:
     @property
     def num_waiting(self) -> int:
         return self._book.num_waiting
+
+    @property
+    def num_fetching(self) -> int:
+        """Requests that wait for the beginning of their prompt to come from another worker."""
+        return len(self._book.fetches)
+
+    @property
+    def fetched(self) -> Counter[str]:
+        """Since start: how many of these have `arrived`, and `failed`."""
+        return self._book.fetched
 
     @property
     def num_unsettled(self) -> int:
@@ -246,7 +257,10 @@ class Registry:
             return orphans.reported(self._book, event.worker, message)
         flight = self._book.flights.get(message.attempt.request)
         actions: list[Action] = []
-        if flight is not None and flight.moving is not None and flight.moving.id == message.attempt:
+        fetch = self._book.fetches.get(message.attempt)
+        if fetch is not None:
+            actions = fetching.heard(self._book, fetch, event.worker, message, now)
+        elif flight is not None and flight.moving is not None and flight.moving.id == message.attempt:
             actions = moving.heard(self._book, flight, flight.moving, event.worker, message, now)
         # Anything of an older attempt is late and means nothing, but for the end of its pushes.
         elif flight is not None and flight.attempt is not None and flight.attempt.id == message.attempt:
@@ -386,7 +400,7 @@ class Registry:
                 actions += endings.attempt_failed(
                     self._book, flight, error, now, retryable=True, reporter=worker, blame=(worker,)
                 )
-        return actions
+        return actions + fetching.worker_lost(self._book, worker, now)
 
     def _worker_gone(self, event: WorkerGone, now: float) -> list[Action]:
         state = self.fleet.get(event.worker, event.epoch)
@@ -399,6 +413,9 @@ class Registry:
         peers = self._peers_of(state)
         if state.info.role is Role.DECODE:
             peers += self.fleet.of(state.model, Role.DECODE)
+        else:
+            gone = (state.id, state.info.epoch)
+            peers += [w for w in self.fleet.of(state.model, Role.PREFILL) if gone in w.met]
         return actions + [Send(worker=peer.id, message=drop) for peer in peers]
 
     # --- time ---------------------------------------------------------------------------------------
@@ -418,6 +435,7 @@ class Registry:
                 actions += endings.finish(self._book, flight, flight.ending, now, reporter=None)
         actions += progress.renew_leases(self._book, now)
         actions += admission.expire(self._book, now)
+        actions += fetching.expire(self._book, now)
         for model, since in self._book.no_decode_since.items():
             if now - since >= self._book.settings.no_workers_wait_s:
                 for request in self._book.waiting.get(model, ()):

@@ -285,6 +285,7 @@ def _registry_settings(config: ServeConfig) -> RegistrySettings:
         tenants=config.coordinator.tenants,
         queue_ttl_s=config.coordinator.queue_ttl_s,
         preemption=config.coordinator.preemption,
+        fetch_prefixes=config.coordinator.fetch_prefixes,
         max_preemptions=config.coordinator.max_preemptions,
         explain_last=config.coordinator.explain_last,
         lease_s=config.transfer.lease_s,

@@ -55,6 +55,7 @@ coordinator.console_port integer or nothing = `0`
 coordinator.policy `power_of_two`, `least_loaded`, `round_robin`, `random`, `prefix_aware`, `sla` or text = `power_of_two`
 coordinator.local_prefill        `auto`, `never`, `always` = `auto`
 coordinator.whole_on_prefill     `auto`, `never`     = `auto`
+coordinator.fetch_prefixes       true or false       = `false`
 coordinator.admission            `off`, `deadline`, `ttft`, `targets` = `deadline`
 coordinator.max_queued_requests  integer             = `1024`
 coordinator.queue_ttl_s          number or nothing   = nothing

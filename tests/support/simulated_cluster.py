@@ -36,6 +36,7 @@ from coordinator.events import (
 )
 from coordinator.events import Event as CoordinatorEvent
 from coordinator.events import Send as CoordinatorSend
+from coordinator.links import Links
 from coordinator.registry import Registry
 from coordinator.router import Router
 from kvtransfer.protocol import (
@@ -52,7 +53,7 @@ from pdserve.core.config import RoutingPolicy, WholeOnPrefill
 from pdserve.core.errors import PdServeError
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
-from pdserve.core.messages import ConnectPeer, Down, Hello, Role, StartDecode, Up, WorkerInfo
+from pdserve.core.messages import ConnectPeer, Down, Hello, PushPrefix, Role, StartDecode, Up, WorkerInfo
 from pdserve.core.sampling import SamplingParams
 from pdserve.elastic.scheduler import ElasticScheduler
 from pdserve.engine.batch import Sampled
@@ -86,7 +87,12 @@ ROLES = {
     "decode-1": Role.DECODE,
 }
 SETTINGS = RegistrySettings(
-    max_queued_requests=64, max_attempts=4, lease_s=4.0, transfer_deadline_s=3.0, drain_timeout_s=5.0
+    max_queued_requests=64,
+    max_attempts=4,
+    lease_s=4.0,
+    transfer_deadline_s=3.0,
+    drain_timeout_s=5.0,
+    fetch_prefixes=True,
 )
 SETTLE_TURNS = 400
 
@@ -97,6 +103,13 @@ def next_token(tokens: Sequence[int], seed: int) -> int:
     for token in tokens:
         mixed = (mixed * 31 + token + 7) % 1_000_003
     return EOS if mixed % 61 == 0 else 3 + mixed % 6
+
+
+class FastLinks(Links):
+    """Transfers take no time here, so nothing would ever be measured."""
+
+    def bytes_per_s(self, source: WorkerId, target: WorkerId) -> float | None:
+        return 1e9
 
 
 @dataclass(slots=True)
@@ -235,7 +248,9 @@ class SimulatedCluster:
             seed=self.random.randrange(1000),
             whole_on_prefill=WholeOnPrefill.AUTO,
         )
-        return Registry(SETTINGS, router)
+        registry = Registry(SETTINGS, router)
+        registry.fleet.links = FastLinks()
+        return registry
 
     def tell(self, event: CoordinatorEvent) -> None:
         for action in self.registry.handle(event, self.now):
@@ -249,6 +264,8 @@ class SimulatedCluster:
                 process.down.append(message)
                 if isinstance(message, StartDecode) and process.info.role is Role.PREFILL:
                     self.counts["kept whole"] += 1
+                if isinstance(message, PushPrefix):
+                    self.counts["prefix fetched"] += 1
             case Emit(request=request, tokens=tokens):
                 assert request not in self.ends, f"{request}: output after its end"
                 asked, output = self.requests[request], self.output[request]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 
 import pytest
 
+from coordinator import fetching
 from tests.support.simulated_cluster import SimulatedCluster
 from tests.worker.test_simulation import seeds
 
@@ -67,3 +69,22 @@ def test_the_faults_that_are_drawn_all_happen() -> None:
         if happened >= FAULTS:
             return
     raise AssertionError(f"never drawn: {FAULTS - happened}")
+
+
+def test_beginnings_of_prompts_move_between_workers_and_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if reading were so slow that every block is worth moving."""
+    monkeypatch.setattr(fetching, "_reading_s", lambda *_: 10.0)
+    monkeypatch.setattr(fetching, "LEAST_BLOCKS", 1)
+    counts = Counter[str]()
+    for seed in range(20, 32):
+        cluster = SimulatedCluster(random.Random(seed))
+        for _ in range(300):
+            cluster.turn()
+        cluster.settle()
+        assert len(cluster.ends) == cluster.counts["submitted"]
+        assert not cluster.registry.num_fetching
+        counts += cluster.counts
+    assert counts["prefix fetched"] >= 3
+    assert counts["killed"]
