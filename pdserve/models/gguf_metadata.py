@@ -16,6 +16,7 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from pdserve.core.errors import CheckpointError, MissingTensor, UnsupportedArchitecture
+from pdserve.models.gguf_bounds import check_lengths
 
 Arch = Literal["llama", "qwen2", "qwen3"]
 ARCHITECTURES: Final[dict[str, str]] = {
@@ -94,6 +95,7 @@ class Metadata:
 def open_gguf(path: Path) -> GGUFReader:
     """Map a GGUF file. Raises `CheckpointError` for a truncated file or one that is none."""
     try:
+        check_lengths(path)
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(

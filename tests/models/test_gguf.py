@@ -313,6 +313,18 @@ def test_a_truncated_file_is_one_error(tmp_path: Path, keep: int) -> None:
         convert(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("length", [2**63, 2**40, 10**6])
+def test_a_length_that_cannot_be_is_an_error_at_once(tmp_path: Path, length: int) -> None:
+    source = write_gguf(tmp_path / "m.gguf", "qwen3", SIZES, weights("qwen3"), byte_vocab())
+    data = bytearray(source.read_bytes())
+    key = b"tokenizer.ggml.tokens"
+    at = data.index(key) + len(key) + 4 + 4  # the value's type, and its elements'
+    data[at : at + 8] = length.to_bytes(8, "little")
+    source.write_bytes(data)
+    with pytest.raises(CheckpointError, match="elements"):
+        convert(source, tmp_path / "out")
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 6000), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
 def test_a_damaged_header_converts_or_is_a_typed_error(
