@@ -79,6 +79,10 @@ class ModelSettings(Frozen):
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the right shape, for measuring."""
 
+    cuda_graph_sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    """On a GPU, decode steps of up to these many sequences are recorded as CUDA graphs when a worker starts;
+    larger steps run eagerly. Empty: all do."""
+
     @property
     def served_names(self) -> tuple[str, ...]:
         """Empty: that of the model's directory."""

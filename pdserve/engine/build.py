@@ -91,12 +91,17 @@ def build_engine(
     max_model_len = _fitting_len(wanted_len, num_blocks, layout, model)
     pool = KVPool(layout, num_blocks, target)
     runner = ModelRunner(weights, (pool,), max_model_len=max_model_len, model_digest=digest, device=target)
+    sampler = Sampler(config.vocab_size, target)
     if target.type == "cpu":
         keep_heap_between_steps()
+    else:
+        # Ranks compute a step together, eagerly; a prefill worker has no decode steps worth recording.
+        alone = ranks is None and workload is Workload.ANY
+        sampler = _prepare_steps(runner, model.cuda_graph_sizes if alone else (), say)
     say(1.0, "engine ready")
     return Engine(
         runner=runner,
-        sampler=Sampler(config.vocab_size, target),
+        sampler=sampler,
         config=config,
         fingerprint=Fingerprint(
             protocol=PROTOCOL_VERSION,
@@ -108,6 +113,21 @@ def build_engine(
         num_blocks=num_blocks,
         block_tokens=cache.block_size,
     )
+
+
+def _prepare_steps(runner: ModelRunner, graph_sizes: tuple[int, ...], say: Progress) -> Sampler:
+    """On a GPU: record decode steps, and sample there."""
+    # Only a host with a GPU has Triton.
+    from pdserve.engine.build_gpu import decode_graphs
+    from pdserve.engine.decode_graphs import cuda_capture
+    from pdserve.engine.device_sampler import DeviceSampler
+
+    def told(done: int, total: int, rows: int) -> None:
+        say(0.98 + 0.02 * done / total, f"recording decode steps of {rows} sequences ({done + 1} of {total})")
+
+    if graph_sizes:
+        runner.use_graphs(decode_graphs(runner, graph_sizes, cuda_capture(runner.device), told))
+    return DeviceSampler(runner.config.vocab_size, runner.device)
 
 
 def _silent(fraction: float, words: str) -> None:

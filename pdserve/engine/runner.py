@@ -10,6 +10,7 @@ from torch import Tensor
 from pdserve.core.errors import InvariantViolated
 from pdserve.core.layout import GroupLayout
 from pdserve.engine.batch import Logits, SequenceSlice
+from pdserve.engine.decode_graphs import DecodeGraphs
 from pdserve.engine.kv_pool import KVPool
 from pdserve.models.config import ModelConfig
 from pdserve.models.llama import LlamaModel
@@ -36,7 +37,16 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.model_digest = model_digest
         self.device = device
+        self._graphs: DecodeGraphs | None = None
         model.ops.bind_pool(pools[0].tensor)
+
+    def use_graphs(self, graphs: DecodeGraphs) -> None:
+        """Replay recorded decode steps where one suits; `graphs` are captured already, over this pool."""
+        self._graphs = graphs
+
+    @property
+    def model(self) -> LlamaModel:
+        return self._model
 
     @property
     def config(self) -> ModelConfig:
@@ -56,13 +66,17 @@ class ModelRunner:
     ) -> Tensor:
         """Compute the slices' tokens, write their KV, and return logits.
 
-        Returns float32 [rows, vocab] on the runner's device, rows in slice order: none for `Logits.NONE`,
-        one for LAST, len(tokens) for ALL. `on_layers_done(first, last_exclusive)` is called about
-        `layer_groups` times, each when the KV of those layers of this step may be read by a transfer.
-        Raises `InvariantViolated`, before anything is written, for a slice that its blocks, the context or
-        the vocabulary cannot hold.
+        Returns float32 [rows, vocab] on the runner's device, rows in slice order: none for `Logits.NONE`, one
+        for LAST, len(tokens) for ALL; valid until the next step, whose graph may write there.
+        `on_layers_done(first, last_exclusive)` is called about `layer_groups` times, each when the KV of
+        those layers of this step may be read by a transfer. Raises `InvariantViolated`, before anything is
+        written, for a slice that its blocks, the context or the vocabulary cannot hold.
         """
         metas = self._metas(slices)
+        if self._graphs is not None and on_layers_done is None:
+            size = self._graphs.rows_for(slices)
+            if size is not None:
+                return self._graphs.forward(size, [s.tokens[0] for s in slices], metas)
         tokens = torch.tensor([token for s in slices for token in s.tokens], dtype=torch.int64)
         rows = _logit_rows(slices)
         return self._model.forward(

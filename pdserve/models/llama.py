@@ -52,6 +52,21 @@ class LlamaModel:
         tokens_T: int64 on the model's device. Rows may be empty: then the head is not computed.
         """
         plan = self.ops.plan(slices)
+        return self.compute(tokens_T, plan, rows_R, layer_groups=layer_groups, on_layers_done=on_layers_done)
+
+    def compute(
+        self,
+        tokens_T: Tensor,
+        plan: Any,
+        rows_R: Tensor | None,
+        *,
+        layer_groups: int = 1,
+        on_layers_done: OnLayersDone | None = None,
+    ) -> Tensor:
+        """`forward` of a step whose plan is made already: launches alone, so that a graph can record it.
+
+        tokens_T may be int32.
+        """
         residual = self._embed(tokens_T)
         ends = group_ends(len(self.layers), layer_groups) if on_layers_done is not None else ()
         if self.stack is not None:

@@ -10,9 +10,10 @@ P positions; in the plan: Q sequences of one attention kind, M blocks of the lon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from pdkernels.activation import silu_mul
 from pdkernels.decode_attention import DecodeWork, decode_attention, decode_tile
 from pdkernels.grouped_matmul import grouped_matmul, plan_experts
 from pdkernels.norm import add_rms_norm, rms_norm
-from pdkernels.plan import plan_decode, plan_prefill
+from pdkernels.plan import decode_capacity, plan_decode, plan_prefill
 from pdkernels.prefill_attention import PrefillWork, prefill_attention, prefill_tile_tokens
 from pdkernels.rope import QKNorm as RopeNorm
 from pdkernels.rope import rope_and_write
@@ -33,15 +34,13 @@ from torch import Tensor
 from pdserve.core.errors import ConfigError
 from pdserve.models.config import ModelConfig
 from pdserve.models.gpu_linear import fp8_linear, int4_linear
+from pdserve.models.graph_plan import ALIGN, PackedInts, padded, padded_tables
 from pdserve.models.ops import LayerStack, Linear, QKNorm, SliceMeta
 from pdserve.models.quantization.fp8 import Fp8Weight
 from pdserve.models.quantization.integers import IntWeight
 from pdserve.models.rope import inverse_frequencies
 
 Ints = NDArray[np.int32]
-
-ALIGN: Final = 4
-"""Index tensors start on multiples of this many int32, 16 bytes: kernels are compiled for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +176,14 @@ class TritonOps:
         return {"positions": position_T.astype(np.int32), "slots": slot_T.astype(np.int32)}
 
     def _decode_arrays(self, slices: list[SliceMeta]) -> dict[str, Ints]:
-        context_Q = np.array([meta.start + 1 for meta in slices], dtype=np.int32)
+        return {
+            "decode_rows": np.array([meta.offset for meta in slices], dtype=np.int32),
+            "decode_tables": _tables(slices, self._block_tokens),
+            **self._split(np.array([meta.start + 1 for meta in slices], dtype=np.int32)),
+        }
+
+    def _split(self, context_Q: Ints) -> dict[str, Ints]:
+        """How attention over these contexts is cut; 0 is a padding row."""
         items = plan_decode(
             context_Q,
             num_kv_heads=self._config.num_kv_heads,
@@ -186,9 +192,7 @@ class TritonOps:
             window=self._config.sliding_window,
         )
         return {
-            "decode_rows": np.array([meta.offset for meta in slices], dtype=np.int32),
             "decode_context": context_Q,
-            "decode_tables": _tables(slices, self._block_tokens),
             "decode_seq": items.seq_C,
             "decode_begin": items.begin_C,
             "decode_end": items.end_C,
@@ -248,6 +252,53 @@ class TritonOps:
         if self._device.type == "cuda":
             # An event, rather than the whole device: other streams may be copying.
             torch.cuda.current_stream(self._device).record_event().synchronize()
+
+
+class TritonDecodeStep:
+    """Index tensors of decode steps of up to `rows` sequences, always in one place (see `graph_plan`)."""
+
+    def __init__(self, ops: TritonOps, rows: int, table_blocks: int) -> None:
+        self._ops, self._rows, self._table_blocks = ops, rows, table_blocks
+        slots = decode_capacity(rows, ops._config.num_kv_heads, ops._program_slots)
+        items = dict.fromkeys(("decode_seq", "decode_begin", "decode_end", "decode_slot"), (slots,))
+        each = ("tokens", "positions", "slots", "decode_rows", "decode_context")
+        self._packed = PackedInts.of(
+            {
+                **dict.fromkeys(each, (rows,)),
+                "decode_tables": (rows, table_blocks),
+                **items,
+                "decode_first_slot": (rows + 1,),
+            }
+        )
+        self._buffer = torch.zeros(self._packed.total, dtype=torch.int32, device=ops._device)
+        sent = {
+            name: self._buffer[start : start + math.prod(shape)].view(shape)
+            for (name, shape), start in zip(
+                self._packed.shapes.items(), self._packed.starts.values(), strict=True
+            )
+        }
+        self.tokens_R = sent["tokens"]
+        self.plan = TritonPlan(
+            positions_T=sent["positions"], slots_T=sent["slots"], decode=_decode_work(sent), prefill=None
+        )
+
+    def fill(self, tokens: Sequence[int], slices: Sequence[SliceMeta]) -> None:
+        """Send one new token for each of the slices; the rows behind them are padding."""
+        ops, rows, size = self._ops, self._rows, self._ops._block_tokens
+        starts = [meta.start for meta in slices]
+        context_R = padded([start + 1 for start in starts], rows, 0)
+        slots = [meta.blocks[meta.start // size] * size + meta.start % size for meta in slices]
+        arrays = {
+            "tokens": padded(tokens, rows, 0),
+            "positions": padded(starts, rows, 0),
+            "slots": padded(slots, rows, -1),
+            "decode_rows": np.arange(rows, dtype=np.int32),
+            "decode_tables": padded_tables(slices, rows, self._table_blocks, size),
+            **ops._split(context_R),
+        }
+        staging = torch.empty(self._packed.total, dtype=torch.int32, pin_memory=ops._device.type == "cuda")
+        self._packed.fill(staging.numpy(), arrays)
+        self._buffer.copy_(staging, non_blocking=True)
 
 
 def _tables(slices: list[SliceMeta], block_tokens: int) -> Ints:
