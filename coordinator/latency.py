@@ -41,8 +41,6 @@ _LEAST_READING: Final = 0.25
 """Of a step in which a prompt was read, that the reading took at least."""
 _TRACK: Final = 0.1
 """Of the newest heartbeat in the moving average of what reading adds to a step."""
-_PAUSE_S: Final = 0.25
-"""In which answers make up for most of a pause."""
 _SAME_FRAME_S: Final = 5e-4
 """Messages of one step come in one frame and are handled within this time."""
 
@@ -119,8 +117,6 @@ class LatencyModel:
         self.reading_adds_s = 0.0
         """To an average step of late, for the prompts that were read in between. Below zero where steps
         without any have never been seen, so that what they take was guessed too high."""
-        self.paused_s = 0.0
-        """That answers waited of late for prompts that were read in between."""
         self._steps = _Steps()
         self._read_since_beat = False
         self._decoding: tuple[int, int] = (0, 0)
@@ -192,15 +188,9 @@ class LatencyModel:
             self.mixed.learn((1, work.tokens, work.pairs, *self._decoding), seconds)
             if cut:
                 self.chunk_tokens += _TRACK * (work.tokens - self.chunk_tokens)
-            whole_s = seconds
             if self.decode.count:
                 seconds = max(seconds - self.step_s(*self._decoding), seconds * _LEAST_READING)
-            self._paused(seconds, whole_s)
         self.prefill.learn(work.features, seconds)
-
-    def _paused(self, seconds: float, whole_s: float) -> None:
-        """Answers waited `seconds` for prompts in a step of `whole_s`, and made up for some before."""
-        self.paused_s = self.paused_s * math.exp(-whole_s / _PAUSE_S) + seconds
 
     def heard(self, beat: Heartbeat) -> None:
         """Of a decode worker: its average step since the heartbeat before, with the batch that it has."""
@@ -219,7 +209,6 @@ class LatencyModel:
             self.reading_adds_s += _TRACK * (more_s - self.reading_adds_s)
         else:
             self.reading_adds_s *= 1 - _TRACK
-            self.paused_s = 0.0
             self.decode.learn(batch, step_s)
 
     def transferred(self, done: TransferDone) -> None:

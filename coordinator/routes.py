@@ -26,8 +26,6 @@ from pdserve.core.ids import WorkerId
 
 WINDOW_TOKENS: Final = 32
 """Of a running answer, over which a pause may be made up for."""
-PAUSE_TOKENS: Final = 8
-"""That an answer which pauses for a prompt has to make up for it: many answers are short."""
 LEAST_SPARE: Final = 0.02
 """Part of a TPOT target that is taken to be left at least."""
 _KNOWN: Final = 5
@@ -153,13 +151,9 @@ def _spoilt(decode: WorkerState, reading_s: float) -> float:
     tightest_s, count = decode.tpot_targets
     if not count:
         return 0.0
-    batch, latency = decode.batch, decode.latency
-    step = latency.step_s(*batch) + latency.decode.std((1, *batch))
-    before_s = max(latency.reading_adds_s, latency.paused_s / PAUSE_TOKENS)
+    step = decode.latency.step_s(*decode.batch)
     # Late as they may be anyway, this is not what spoils them.
-    return count * max(
-        late(step + before_s + reading_s / PAUSE_TOKENS, tightest_s) - late(step + before_s, tightest_s), 0.0
-    )
+    return count * max(late(step + reading_s / WINDOW_TOKENS, tightest_s) - late(step, tightest_s), 0.0)
 
 
 def _route(
