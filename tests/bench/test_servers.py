@@ -149,12 +149,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+EVERY_KV_MOVES = ["coordinator.local_prefill=never", "coordinator.whole_on_prefill=never"]
+
+
 @pytest.mark.ray
 def test_a_real_service_is_started_measured_and_ended(tmp_path: Path) -> None:
     make_tiny_checkpoint(tmp_path / "tiny")
     scenario = Scenario.model_validate(
         {
-            "systems": [{"name": "1P1D", "model": str(tmp_path / "tiny")}],
+            "systems": [{"name": "1P1D", "model": str(tmp_path / "tiny"), "settings": EVERY_KV_MOVES}],
             "classes": [{"input": {"value": 40}, "output": {"value": 4}, "slo": {"e2e_ms": 60000}}],
             "rates": [4],
             "duration_s": 1.5,
