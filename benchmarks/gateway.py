@@ -35,7 +35,6 @@ from pdserve.core.config import CoordinatorSettings, ServeConfig
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
 from pdserve.core.messages import (
-    BlockCounts,
     Cancel,
     FinishReason,
     Heartbeat,
@@ -48,6 +47,7 @@ from pdserve.core.messages import (
     WorkerInfo,
 )
 from pdserve.core.proto.pdserve.v1 import generation_pb2 as pb
+from pdserve.core.worker_state import BlockCounts
 from pdserve.models import store
 
 _WORKERS: Final = 2

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pdserve.core.errors import CorruptTransfer
+from pdserve.core.handover import HANDOVER_VERSION, Handover, PushNote
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
-from pdserve.core.messages import HANDOVER_VERSION, Handover, PushNote
 from pdserve.worker.events import OwnerId
 
 

@@ -20,16 +20,10 @@ from decode.run import DecodeRun, Stage
 from kvtransfer.protocol import Push, PushEnded
 from pdserve.core.codec import encode
 from pdserve.core.errors import InvalidRequest, Overloaded, PdServeError, PeerLost, TransferError
+from pdserve.core.handover import HANDOVER_VERSION, Handover, PushNote
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import GroupLayout, blocks_for
-from pdserve.core.messages import (
-    HANDOVER_VERSION,
-    Handover,
-    Migrate,
-    PushesSettled,
-    PushNote,
-    TransferDone,
-)
+from pdserve.core.messages import Migrate, PushesSettled, TransferDone
 from pdserve.engine.block_pool import BlockPool
 from pdserve.worker.events import Action, OwnerId, Send, SubmitPush
 from pdserve.worker.failures import attempt_failed

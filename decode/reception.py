@@ -16,9 +16,10 @@ from decode.run import DecodeRun
 from kvtransfer.protocol import NoteArrived
 from pdserve.core.codec import decode
 from pdserve.core.errors import CorruptTransfer, DeadlineExceeded, PdServeError, PeerLost, ProtocolError
+from pdserve.core.handover import PushNote
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import blocks_for
-from pdserve.core.messages import Orphaned, PushesSettled, PushNote
+from pdserve.core.messages import Orphaned, PushesSettled
 from pdserve.engine.block_pool import BlockPool, quarantined_by
 from pdserve.worker.events import OwnerId
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from kvtransfer.protocol import Push, PushEnded
 from pdserve.core.codec import encode
+from pdserve.core.handover import HANDOVER_VERSION, Handover, PushNote
 from pdserve.core.ids import BlockId
 from pdserve.core.layout import GroupLayout
-from pdserve.core.messages import HANDOVER_VERSION, Handover, PushesSettled, PushNote
+from pdserve.core.messages import PushesSettled
 from pdserve.engine.batch import Sampled
 from pdserve.worker.events import SubmitPush
 from prefill.pushes import blocks_to_push

@@ -7,16 +7,8 @@ from typing import Protocol
 
 from coordinator.simulator.profile import Profile
 from pdserve.core.ids import AttemptId, WorkerId
-from pdserve.core.messages import (
-    BlockCounts,
-    Down,
-    FinishReason,
-    Heartbeat,
-    PrefillDone,
-    RequestSpec,
-    Up,
-    WorkerInfo,
-)
+from pdserve.core.messages import Down, FinishReason, Heartbeat, PrefillDone, RequestSpec, Up, WorkerInfo
+from pdserve.core.worker_state import BlockCounts
 
 
 class Ports(Protocol):

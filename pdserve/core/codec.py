@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 import msgpack
 
-from pdserve.core import messages
+from pdserve.core import handover, messages
 from pdserve.core.errors import ProtocolError
 from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.core.messages import Message
@@ -42,7 +42,7 @@ _TAGGED: Final[tuple[type, ...]] = (
     messages.Tokens,
     messages.AttemptFailed,
     messages.Heartbeat,
-    messages.PushNote,
+    handover.PushNote,
     messages.PushesSettled,
     messages.Migrate,
     messages.Orphaned,
@@ -53,7 +53,7 @@ _TAGGED: Final[tuple[type, ...]] = (
     messages.RoleChanged,
     messages.ReceivePrefix,
     messages.PushPrefix,
-    messages.PrefixNote,
+    handover.PrefixNote,
     messages.SendPrefixes,
     messages.PrefixEvents,
 )

@@ -1,21 +1,19 @@
-"""Messages between coordinator and workers, and the hand-over between workers.
+"""Messages between coordinator and workers; what workers tell each other is in `handover`.
 
 A frame is a list of messages (see `codec`); a worker sends one frame per step to each coordinator.
-Directions: *down* coordinator to worker, *up* worker to coordinator, *across* worker to worker (inside a
-transfer's notification).
+Directions: *down* coordinator to worker, *up* worker to coordinator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
 
+from pdserve.core.handover import PrefixNote, PushNote
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import Fingerprint
 from pdserve.core.sampling import SamplingParams, TokenLogprobs
-
-HANDOVER_VERSION: Final = 2
+from pdserve.core.worker_state import BlockCounts, DeviceUsage, PairState, TierCounts
 
 
 class Role(StrEnum):
@@ -401,73 +399,6 @@ class Orphaned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockCounts:
-    """free + held + cached + quarantined == total, always. `cached` are held by the prefix cache alone."""
-
-    total: int
-    free: int
-    held: int
-    cached: int
-    quarantined: int
-
-    @property
-    def conserved(self) -> bool:
-        return self.free + self.held + self.cached + self.quarantined == self.total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierCounts:
-    """What lies below a worker's pool: blocks that its prefix cache had to let go of.
-
-    Counters since start, where nothing else is said.
-    """
-
-    host_bytes: int = 0
-    """Occupied now."""
-    disk_bytes: int = 0
-    host_hit_tokens: int = 0
-    """Brought back into the pool."""
-    disk_hit_tokens: int = 0
-    bytes_stored: int = 0
-    bytes_loaded: int = 0
-    dropped_blocks: int = 0
-    """Left the lowest tier for want of room."""
-    missed_blocks: int = 0
-    """Evicted from the pool before they were stored."""
-    corrupt_blocks: int = 0
-    """Found damaged on disk, and not used."""
-    io_errors: int = 0
-    """Reads and writes of the disk that failed, a full disk included."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceUsage:
-    """Of the device a worker computes on, as the driver or the kernel says."""
-
-    utilisation: float
-    """Share of the time it computed, in [0, 1]; on a CPU, of the worker's cores."""
-    memory_used_bytes: int
-    """On a GPU by everybody, on a CPU by this process."""
-    memory_total_bytes: int
-    power_w: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PairState:
-    """The way from the worker that says so to one transfer peer, as it was probed when they met."""
-
-    peer: WorkerId
-    path: str
-    """cuda_ipc, rdma, shm, tcp, local, fake or unknown."""
-    bytes_per_s: float | None
-    """Of a large write; None where it could not be probed."""
-    latency_s: float | None
-    """Of a small one."""
-    error: str = ""
-    """Why nothing moves there, if that is so."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
     """Sent off the compute loop, every `heartbeat_s`; silence means dead."""
 
@@ -495,7 +426,7 @@ class Heartbeat:
     """Since start, in steps."""
     device: DeviceUsage | None = None
     """None: nothing could be read."""
-    tiers: TierCounts = TierCounts()
+    tiers: TierCounts = field(default_factory=TierCounts)
     """All zero where there are none."""
     pairs: list[PairState] = field(default_factory=list)
     """Of every transfer peer that was met."""
@@ -526,52 +457,6 @@ class PrefixEvents:
     """Keys of blocks (`pdserve.core.prefix.pack_keys`); of all that are held, in a snapshot."""
     evicted: bytes
     snapshot: bool
-
-
-# --- across -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Handover:
-    """Rides on the last push of an attempt: what the decode worker needs to go on as if it had prefilled.
-
-    Penalty counts and the sampling position follow from the tokens, which the decode worker has from
-    `StartDecode`; seed and parameters too. Grammar, adapter and draft state get fields here when they exist,
-    with a new version.
-    """
-
-    version: int
-    attempt: AttemptId
-    num_tokens: int
-    """Tokens whose KV was computed; must equal len(spec.tokens) + len(tokens)."""
-    num_pushes: int
-    """Pushes of this attempt, this one included; the decode worker counts them."""
-    bytes_moved: int
-    first_token: int
-    """The next one, whose KV nobody has computed."""
-    logprobs: TokenLogprobs | None
-    tokens: list[int] = field(default_factory=list)
-    """Of a migration: between `spec.tokens` and `first_token`. The coordinator may not have heard of them."""
-    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Empty, or one for each of `tokens`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushNote:
-    """What every push carries as its notification: whose it is, and the hand-over on the last one."""
-
-    attempt: AttemptId
-    sequence: int
-    handover: Handover | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixNote:
-    """Rides on the one push of a `PushPrefix`: how much of the prefix is in the peer's blocks now."""
-
-    attempt: AttemptId
-    num_tokens: int
-    """Whole blocks, those that were cached at the peer included."""
 
 
 Down = (

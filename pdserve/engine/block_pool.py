@@ -22,7 +22,7 @@ from enum import Enum, IntEnum
 
 from pdserve.core.errors import BlockPoolExhausted, InvariantViolated
 from pdserve.core.ids import AttemptId, BlockId
-from pdserve.core.messages import BlockCounts
+from pdserve.core.worker_state import BlockCounts
 
 _AUDIT_WINDOW = 64
 

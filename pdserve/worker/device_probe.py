@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
-from pdserve.core.messages import DeviceUsage
+from pdserve.core.worker_state import DeviceUsage
 
 if TYPE_CHECKING:
     import torch

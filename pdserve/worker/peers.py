@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvtransfer.protocol import Path, PathInfo
 from pdserve.core.ids import WorkerId
-from pdserve.core.messages import ConnectPeer, PairState
+from pdserve.core.messages import ConnectPeer
+from pdserve.core.worker_state import PairState
 from pdserve.worker.events import Action, ConnectTransfer, DisconnectTransfer
 
 

@@ -23,6 +23,7 @@ from pdserve.core.errors import (
     PeerLost,
     TransferError,
 )
+from pdserve.core.handover import PrefixNote
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.layout import GroupLayout
 from pdserve.core.messages import (
@@ -30,7 +31,6 @@ from pdserve.core.messages import (
     DropPeer,
     Hello,
     Message,
-    PrefixNote,
     PushesSettled,
     PushPrefix,
     ReceivePrefix,

@@ -14,16 +14,9 @@ from typing import Final
 from kvtransfer.protocol import NoteArrived
 from pdserve.core.codec import decode
 from pdserve.core.errors import CorruptTransfer, DeadlineExceeded, PdServeError, ProtocolError, TransferError
+from pdserve.core.handover import PrefixNote
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
-from pdserve.core.messages import (
-    KvArrived,
-    Orphaned,
-    PrefixNote,
-    ReceivePrefix,
-    RefusalReason,
-    Refused,
-    Reserved,
-)
+from pdserve.core.messages import KvArrived, Orphaned, ReceivePrefix, RefusalReason, Refused, Reserved
 from pdserve.engine.block_pool import BlockPool, BlockState, Holder, HolderKind, quarantined_by
 from pdserve.engine.prefix_cache import BlockHash, PrefixCache, PrefixHashes
 from pdserve.worker.events import Action, OwnerId, Send

@@ -21,7 +21,7 @@ from typing import Final, assert_never
 
 from pdserve.core.ids import AttemptId, BlockId, RequestId
 from pdserve.core.layout import blocks_for
-from pdserve.core.messages import TierCounts
+from pdserve.core.worker_state import TierCounts
 from pdserve.engine.block_pool import BlockPool, BlockState, Holder, HolderKind
 from pdserve.engine.prefix_cache import BlockHash, PrefixCache
 from pdserve.engine.tiers.store import (

@@ -10,7 +10,8 @@ from coordinator.account import Leg, Pace
 from coordinator.events import FromWorker
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.lifecycle import Phase
-from pdserve.core.messages import BlockCounts, Heartbeat, Role
+from pdserve.core.messages import Heartbeat, Role
+from pdserve.core.worker_state import BlockCounts
 from tests.support.model_workers import ModelDecode
 from tests.support.registry_world import World, new_request
 

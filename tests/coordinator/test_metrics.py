@@ -18,17 +18,10 @@ from pdserve.core import metric_catalog as catalog
 from pdserve.core.errors import Overload, Overloaded, RequestCancelled
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.lifecycle import Phase
-from pdserve.core.messages import (
-    BlockCounts,
-    DeviceUsage,
-    FinishReason,
-    Heartbeat,
-    PairState,
-    Role,
-    TransferDone,
-)
+from pdserve.core.messages import FinishReason, Heartbeat, Role, TransferDone
 from pdserve.core.metric_catalog import Kind, Source
 from pdserve.core.operation_settings import CostSettings
+from pdserve.core.worker_state import BlockCounts, DeviceUsage, PairState
 from tests.support.model_workers import worker_info
 
 RID = RequestId("r1")

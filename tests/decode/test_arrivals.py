@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from decode.arrivals import Arrivals
+from pdserve.core.handover import HANDOVER_VERSION, Handover, PushNote
 from pdserve.core.ids import AttemptId, RequestId
-from pdserve.core.messages import HANDOVER_VERSION, Handover, PushNote
 
 ATTEMPT = AttemptId(RequestId("r"), 2)
 

@@ -11,23 +11,21 @@ from decode.reception import GONE_PEER_GRACE_S
 from kvtransfer.protocol import NoteArrived, PeerFailed
 from pdserve.core.codec import encode
 from pdserve.core.errors import Overloaded
+from pdserve.core.handover import HANDOVER_VERSION, Handover, PushNote
 from pdserve.core.ids import AttemptId, BlockId, RequestId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
 from pdserve.core.messages import (
-    HANDOVER_VERSION,
     AttemptFailed,
     Cancel,
     ConnectPeer,
     Drain,
     DropPeer,
     FinishReason,
-    Handover,
     KvArrived,
     Message,
     Preempt,
     Preempted,
     PushesSettled,
-    PushNote,
     RefusalReason,
     Refused,
     RenewLease,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvtransfer.protocol import Outcome, Path, PathInfo, PeerConnected, PeerFailed, Push, PushEnded
 from pdserve.core.codec import decode
+from pdserve.core.handover import PushNote
 from pdserve.core.ids import AttemptId, BlockId, RequestId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout, blocks_for
 from pdserve.core.messages import (
@@ -18,7 +19,6 @@ from pdserve.core.messages import (
     PrefillProgress,
     PrefillStarted,
     PushesSettled,
-    PushNote,
     RequestSpec,
     Role,
     StartPrefill,

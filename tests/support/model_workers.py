@@ -15,7 +15,6 @@ from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import CacheGroup, Fingerprint, GroupLayout, blocks_for
 from pdserve.core.messages import (
     AttemptFailed,
-    BlockCounts,
     Cancel,
     ConnectPeer,
     Down,
@@ -48,6 +47,7 @@ from pdserve.core.messages import (
     WorkerInfo,
 )
 from pdserve.core.sampling import TokenLogprobs
+from pdserve.core.worker_state import BlockCounts
 
 VOCAB = 256
 EOS = 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pdserve.core.messages import DeviceUsage
+from pdserve.core.worker_state import DeviceUsage
 from pdserve.worker.device_probe import CpuProbe, no_probe, nvml_probe, probe_of
 
 

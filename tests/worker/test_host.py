@@ -13,17 +13,8 @@ import pytest
 from pdserve.core.channel import Channel, connect
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION
-from pdserve.core.messages import (
-    BlockCounts,
-    Cancel,
-    Drain,
-    Heartbeat,
-    Hello,
-    Message,
-    Role,
-    Tokens,
-    WorkerInfo,
-)
+from pdserve.core.messages import Cancel, Drain, Heartbeat, Hello, Message, Role, Tokens, WorkerInfo
+from pdserve.core.worker_state import BlockCounts
 from pdserve.worker import host as host_module
 from pdserve.worker.events import CoordinatorLost, FromCoordinator, OwnerId
 from pdserve.worker.host import WorkerHost

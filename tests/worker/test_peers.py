@@ -5,7 +5,8 @@ from __future__ import annotations
 from kvtransfer.protocol import Path, PathInfo
 from pdserve.core.ids import WorkerId
 from pdserve.core.layout import PROTOCOL_VERSION, Fingerprint
-from pdserve.core.messages import ConnectPeer, PairState
+from pdserve.core.messages import ConnectPeer
+from pdserve.core.worker_state import PairState
 from pdserve.worker.peers import PeerTable
 
 PEER = WorkerId("decode-0")

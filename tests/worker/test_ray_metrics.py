@@ -9,8 +9,9 @@ import pytest
 
 from pdserve.core import metric_catalog as catalog
 from pdserve.core.ids import WorkerId
-from pdserve.core.messages import BlockCounts, DeviceUsage, Heartbeat, Role
+from pdserve.core.messages import Heartbeat, Role
 from pdserve.core.metric_catalog import Kind, Metric, Source
+from pdserve.core.worker_state import BlockCounts, DeviceUsage
 from pdserve.worker import ray_metrics
 from pdserve.worker.ray_metrics import Exporter, Instrument, RayMetrics, Status, ray_instrument
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pdserve.core.errors import BlockPoolExhausted
 from pdserve.core.ids import AttemptId, RequestId
-from pdserve.core.messages import TierCounts
+from pdserve.core.worker_state import TierCounts
 from pdserve.engine.block_pool import BlockPool, Holder, HolderKind
 from pdserve.engine.prefix_cache import BlockHash, PrefixCache, PrefixHashes
 from pdserve.engine.tiers.store import (

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.core.messages import Cancel, PrefillStarted, Role, StartDecode, TierCounts
+from pdserve.core.messages import Cancel, PrefillStarted, Role, StartDecode
+from pdserve.core.worker_state import TierCounts
 from tests.support.driver import GREEDY, Driver
 from tests.support.token_engine import BLOCK_TOKENS, VOCAB, TokenEngine, reference
 from tests.support.workers import Pair, config_of, pair_of_workers

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from pdserve.core.ids import BlockId
-from pdserve.core.messages import TierCounts
+from pdserve.core.worker_state import TierCounts
 from pdserve.engine.prefix_cache import BlockHash
 from pdserve.engine.tiers.blocks import BlockBytes, Bytes
 from pdserve.engine.tiers.disk import DiskTier

@@ -1,0 +1,74 @@
+"""What workers say of themselves in every heartbeat: blocks, tiers, device, and the ways to their peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.core.ids import WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCounts:
+    """free + held + cached + quarantined == total, always. `cached` are held by the prefix cache alone."""
+
+    total: int
+    free: int
+    held: int
+    cached: int
+    quarantined: int
+
+    @property
+    def conserved(self) -> bool:
+        return self.free + self.held + self.cached + self.quarantined == self.total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierCounts:
+    """What lies below a worker's pool: blocks that its prefix cache had to let go of.
+
+    Counters since start, where nothing else is said.
+    """
+
+    host_bytes: int = 0
+    """Occupied now."""
+    disk_bytes: int = 0
+    host_hit_tokens: int = 0
+    """Brought back into the pool."""
+    disk_hit_tokens: int = 0
+    bytes_stored: int = 0
+    bytes_loaded: int = 0
+    dropped_blocks: int = 0
+    """Left the lowest tier for want of room."""
+    missed_blocks: int = 0
+    """Evicted from the pool before they were stored."""
+    corrupt_blocks: int = 0
+    """Found damaged on disk, and not used."""
+    io_errors: int = 0
+    """Reads and writes of the disk that failed, a full disk included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUsage:
+    """Of the device a worker computes on, as the driver or the kernel says."""
+
+    utilisation: float
+    """Share of the time it computed, in [0, 1]; on a CPU, of the worker's cores."""
+    memory_used_bytes: int
+    """On a GPU by everybody, on a CPU by this process."""
+    memory_total_bytes: int
+    power_w: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairState:
+    """The way from the worker that says so to one transfer peer, as it was probed when they met."""
+
+    peer: WorkerId
+    path: str
+    """cuda_ipc, rdma, shm, tcp, local, fake or unknown."""
+    bytes_per_s: float | None
+    """Of a large write; None where it could not be probed."""
+    latency_s: float | None
+    """Of a small one."""
+    error: str = ""
+    """Why nothing moves there, if that is so."""
