@@ -1,6 +1,7 @@
 """A transfer service in a process of its own, which a test can kill or stop.
 
-The child takes one JSON command per line and answers with events, pickled and in base64, one per line.
+The child takes one JSON command per line and answers with events, pickled and in base64, one per line. They
+leave through a copy of its standard output, which itself is joined to standard error: UCX logs there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,20 @@ class NodeProcess:
                 stream.close()
 
 
-def say(item: TransferEvent | bytes) -> None:
-    sys.stdout.write(base64.b64encode(pickle.dumps(item)).decode() + "\n")
-    sys.stdout.flush()
+def _take_stdout() -> Callable[[TransferEvent | bytes], None]:
+    """A way to the parent that no library writes to."""
+    parent = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(item: TransferEvent | bytes) -> None:
+        parent.write(base64.b64encode(pickle.dumps(item)).decode() + "\n")
+        parent.flush()
+
+    return say
 
 
 def main() -> None:
+    say = _take_stdout()
     options = json.loads(sys.argv[1])
     layouts = (BIG,)
     ours = fingerprint(layouts=layouts)
