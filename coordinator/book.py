@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from coordinator.decisions import Decision, DecisionLog, Placement
 from coordinator.events import NewRequest
+from coordinator.fetch_tally import FetchTally
 from coordinator.fleet import Fleet
 from coordinator.flight import Attempt, Flight
 from coordinator.keeping import Expected
@@ -89,8 +89,7 @@ class Book:
     """Beginnings of prompts that are on their way between workers, and requests that wait for them."""
     num_fetches: int = 0
     """Since start."""
-    fetched: Counter[str] = field(default_factory=Counter)
-    """How many have `arrived`, and `failed`, since start."""
+    fetched: FetchTally = field(default_factory=FetchTally)
     decisions: DecisionLog = field(default_factory=DecisionLog)
     """Why requests went where they went."""
     expiries: list[tuple[float, int, RequestId]] = field(default_factory=list)

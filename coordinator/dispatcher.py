@@ -244,6 +244,7 @@ class Dispatcher:
         self._metrics.loop_lag.set(max(now - self._due, 0.0))
         self._metrics.observe_fleet(self.registry.fleet)
         self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)
+        self._metrics.observe_fetches(self.registry.fetched)
         self._set_timer(self._next_tick())
         ticked, self._ticked = self._ticked, asyncio.Event()
         ticked.set()

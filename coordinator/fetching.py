@@ -16,6 +16,7 @@ from typing import Final
 from coordinator import endings
 from coordinator.book import Book
 from coordinator.events import Action, Send
+from coordinator.fetch_tally import FetchOutcome
 from coordinator.fleet import WorkerState
 from coordinator.flight import Attempt, Flight
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
@@ -29,6 +30,7 @@ from pdserve.core.messages import (
     ReceivePrefix,
     Refused,
     Reserved,
+    TransferDone,
     Up,
 )
 
@@ -48,6 +50,7 @@ class Fetch:
     id: AttemptId
     attempt: AttemptId
     """That waits for it."""
+    model: str
     offer: Send
     to: WorkerId
     source: WorkerId
@@ -76,6 +79,7 @@ def offered(book: Book, flight: Flight, attempt: Attempt, offer: Send, now: floa
         # An attempt that is refused is offered again under its id: this one is never used twice.
         id=AttemptId(RequestId(f"{attempt.id}/prefix"), book.num_fetches),
         attempt=attempt.id,
+        model=flight.request.model,
         offer=offer,
         to=reader.id,
         source=source.id,
@@ -107,11 +111,12 @@ def heard(book: Book, fetch: Fetch, worker: WorkerId, message: Up, now: float) -
         case Reserved() if worker == fetch.to:
             return _push(book, fetch, message, now)
         case KvArrived() if worker == fetch.to:
-            return _ended(book, fetch, "arrived", now)
+            return _ended(book, fetch, FetchOutcome.ARRIVED, "arrived", now)
         case Refused() if worker == fetch.to:
-            return _ended(book, fetch, f"{worker} refused it: {message.detail}", now)
+            why = f"{worker} refused it: {message.detail}"
+            return _ended(book, fetch, FetchOutcome.REFUSED, why, now)
         case AttemptFailed() if worker in (fetch.to, fetch.source):
-            return _given_up(book, fetch, message.message, now, reporter=worker)
+            return _given_up(book, fetch, FetchOutcome.FAILED, message.message, now, reporter=worker)
         case _:
             return []
 
@@ -119,15 +124,25 @@ def heard(book: Book, fetch: Fetch, worker: WorkerId, message: Up, now: float) -
 def worker_lost(book: Book, worker: WorkerId, now: float) -> list[Action]:
     actions: list[Action] = []
     for fetch in [f for f in book.fetches.values() if worker in (f.to, f.source)]:
-        actions += _given_up(book, fetch, f"{worker} is down", now, reporter=worker)
+        actions += _given_up(book, fetch, FetchOutcome.LOST, f"{worker} is down", now, reporter=worker)
     return actions
 
 
 def expire(book: Book, now: float) -> list[Action]:
     actions: list[Action] = []
     for fetch in [f for f in book.fetches.values() if f.until <= now]:
-        actions += _given_up(book, fetch, "it took too long", now, reporter=None)
+        actions += _given_up(book, fetch, FetchOutcome.LATE, "it took too long", now, reporter=None)
     return actions
+
+
+def moved(book: Book, worker: WorkerId, message: TransferDone) -> None:
+    """The holder's last word on a push that went well; its fetch may have ended by then."""
+    push = book.pushes.prefix_target(message.attempt, worker)
+    if push is None or not message.bytes_moved:
+        return
+    model, target = push
+    book.fetched.moved(model, message.path, message.bytes_moved, message.busy_s)
+    book.fleet.links.moved(worker, target, message.bytes_moved, message.busy_s)
 
 
 # --- whether ------------------------------------------------------------------------------------------
@@ -179,12 +194,14 @@ def _introduced(source: WorkerState, reader: WorkerState) -> list[Action]:
 def _push(book: Book, fetch: Fetch, message: Reserved, now: float) -> list[Action]:
     reader = book.fleet.up(fetch.to)
     if message.cached_tokens >= len(fetch.tokens):
-        return _ended(book, fetch, "it was there", now)
+        return _ended(book, fetch, FetchOutcome.THERE, "it was there", now)
     if reader is None or book.fleet.up(fetch.source, fetch.source_epoch) is None:
-        return _given_up(book, fetch, f"{fetch.source} is down", now, reporter=None)
+        return _given_up(book, fetch, FetchOutcome.LOST, f"{fetch.source} is down", now, reporter=None)
     if book.pushes.is_open(fetch.id):
         return []
-    book.pushes.opened(fetch.id, fetch.source, fetch.to, reader.info.epoch)
+    book.pushes.opened(fetch.id, fetch.source, fetch.to, reader.info.epoch, prefix_of=fetch.model)
+    size_bytes = (len(fetch.tokens) - message.cached_tokens) * reader.kv_token_bytes
+    book.fleet.links.begun(fetch.source, fetch.id, size_bytes)
     push = PushPrefix(
         attempt=fetch.id,
         tokens=fetch.tokens,
@@ -198,7 +215,9 @@ def _push(book: Book, fetch: Fetch, message: Reserved, now: float) -> list[Actio
     return [Send(worker=fetch.source, message=push)]
 
 
-def _given_up(book: Book, fetch: Fetch, why: str, now: float, *, reporter: WorkerId | None) -> list[Action]:
+def _given_up(
+    book: Book, fetch: Fetch, outcome: FetchOutcome, why: str, now: float, *, reporter: WorkerId | None
+) -> list[Action]:
     """The reader may not use its blocks before nothing can land there any more."""
     actions: list[Action] = []
     cancel = Cancel(attempt=fetch.id, reason=why)
@@ -210,14 +229,14 @@ def _given_up(book: Book, fetch: Fetch, why: str, now: float, *, reporter: Worke
             actions.append(Send(worker=fetch.source, message=cancel))
     elif book.fleet.up(fetch.to) is not None:
         actions.append(Send(worker=fetch.to, message=PushesSettled(attempt=fetch.id)))
-    return actions + _ended(book, fetch, why, now)
+    return actions + _ended(book, fetch, outcome, why, now)
 
 
-def _ended(book: Book, fetch: Fetch, how: str, now: float) -> list[Action]:
+def _ended(book: Book, fetch: Fetch, outcome: FetchOutcome, how: str, now: float) -> list[Action]:
     """The request goes on, if it still waits."""
     del book.fetches[fetch.id]
     flight = book.flights.get(fetch.attempt.request)
-    book.fetched["arrived" if how in ("arrived", "it was there") else "failed"] += 1
+    book.fetched.ended[fetch.model, outcome] += 1
     current = None if flight is None else flight.attempt
     if flight is None or current is None or current.id != fetch.attempt:
         return []

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created
 from coordinator.account import REASONS
 from coordinator.cost import Bill, bill
 from coordinator.fast_histogram import FastHistogram, FastHistograms
+from coordinator.fetch_tally import FetchOutcome, FetchTally
 from coordinator.fleet import Fleet
 from coordinator.fleet_metrics import FleetCollector
 from coordinator.report import Report
@@ -50,6 +51,7 @@ class Metrics:
         self._itl = FastHistograms(catalog.ITL, self.registry)
         self._itl_of: dict[str, FastHistogram] = {}
         self._fleet = FleetCollector(self.registry)
+        self._shown: dict[tuple[Counter, tuple[str, ...]], float] = {}
         self._instruments()
         for role, price in (
             (Role.PREFILL, self._prices.prefill_hour),
@@ -67,6 +69,9 @@ class Metrics:
         self.tokenise = self._histogram(catalog.TOKENISE)
         self.prompt_length = self._histogram(catalog.PROMPT_LENGTH)
         self.output_length = self._histogram(catalog.OUTPUT_LENGTH)
+        self.fetches = self._counter(catalog.PREFIX_FETCHES)
+        self.fetched_bytes = self._counter(catalog.PREFIX_FETCHED_BYTES)
+        self.fetch_busy = self._counter(catalog.PREFIX_FETCH_BUSY)
         self.prediction_error = self._histogram(catalog.PREDICTION_ERROR)
         self.requests = self._counter(catalog.REQUESTS)
         self.errors = self._counter(catalog.ERRORS)
@@ -109,6 +114,8 @@ class Metrics:
         """Series of what has not happened yet begin at zero, so that the first time shows as an increase."""
         for reason in REASONS:
             self.attempt_failures.labels(model, reason)
+        for outcome in FetchOutcome:
+            self.fetches.labels(model, outcome.value)
         for counter in (self.attempts, self.retries, self.migrations, self.preemptions):
             counter.labels(model)
 
@@ -209,3 +216,19 @@ class Metrics:
         for phase in Phase:
             self.active.labels(phase.value).set(phases.get(phase, 0))
         self.waiting.set(waiting)
+
+    def observe_fetches(self, tally: FetchTally) -> None:
+        """What was counted since the last time."""
+        for (model, outcome), count in tally.ended.items():
+            self._raise_to(self.fetches, (model, outcome.value), count)
+        for labels, size_bytes in tally.bytes_moved.items():
+            self._raise_to(self.fetched_bytes, labels, size_bytes)
+        for labels, busy_s in tally.busy_s.items():
+            self._raise_to(self.fetch_busy, labels, busy_s)
+
+    def _raise_to(self, counter: Counter, labels: tuple[str, ...], value: float) -> None:
+        """A total that is kept elsewhere."""
+        shown = self._shown.get((counter, labels), 0.0)
+        if value > shown:
+            counter.labels(*labels).inc(value - shown)
+            self._shown[counter, labels] = value

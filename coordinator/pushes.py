@@ -22,6 +22,8 @@ class _Open:
     prefill: WorkerId
     decode: WorkerId
     decode_epoch: int
+    prefix_of: str | None = None
+    """A cached prefix that moves by itself, of this model; None: a request's KV."""
     owed: bool = False
 
 
@@ -32,8 +34,23 @@ class PushLedger:
     def __len__(self) -> int:
         return len(self._open)
 
-    def opened(self, attempt: AttemptId, prefill: WorkerId, decode: WorkerId, decode_epoch: int) -> None:
-        self._open[attempt] = _Open(prefill, decode, decode_epoch)
+    def opened(
+        self,
+        attempt: AttemptId,
+        prefill: WorkerId,
+        decode: WorkerId,
+        decode_epoch: int,
+        *,
+        prefix_of: str | None = None,
+    ) -> None:
+        self._open[attempt] = _Open(prefill, decode, decode_epoch, prefix_of)
+
+    def prefix_target(self, attempt: AttemptId, by: WorkerId) -> tuple[str, WorkerId] | None:
+        """Model of a prefix that `by` is pushing, and to whom; None for anything else."""
+        entry = self._open.get(attempt)
+        if entry is None or entry.prefix_of is None or entry.prefill != by:
+            return None
+        return entry.prefix_of, entry.decode
 
     def is_open(self, attempt: AttemptId) -> bool:
         return attempt in self._open

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections import Counter
 from typing import Final, assert_never
 
 from coordinator import admission, endings, fetching, moving, orphans, placing, preempting, progress, roles
@@ -40,6 +39,7 @@ from coordinator.events import (
     WorkerJoined,
 )
 from coordinator.failures import failure_of
+from coordinator.fetch_tally import FetchTally
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.flight import Attempt, Flight
 from coordinator.latency import LatencyModel
@@ -111,8 +111,8 @@ class Registry:
         return len(self._book.fetches)
 
     @property
-    def fetched(self) -> Counter[str]:
-        """Since start: how many of these have `arrived`, and `failed`."""
+    def fetched(self) -> FetchTally:
+        """What became of these, since start."""
         return self._book.fetched
 
     @property
@@ -265,6 +265,8 @@ class Registry:
         # Anything of an older attempt is late and means nothing, but for the end of its pushes.
         elif flight is not None and flight.attempt is not None and flight.attempt.id == message.attempt:
             actions = self._of_attempt(flight, flight.attempt, event.worker, message, now)
+        if isinstance(message, TransferDone):
+            fetching.moved(self._book, event.worker, message)
         if isinstance(message, (TransferDone, PushesSettled)):
             actions += progress.settled(self._book, message.attempt, event.worker, flight, now)
         return actions

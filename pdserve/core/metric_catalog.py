@@ -185,6 +185,18 @@ TRANSFER_BUSY: Final = _counter(
     "model",
     "path",
 )
+PREFIX_FETCHES: Final = _counter(
+    "prefix_fetches",
+    "prefixes",
+    "Beginnings of prompts that were asked of another worker before a prompt was read, by how that ended: "
+    "arrived, there (nothing had to move), refused, failed, lost (a worker died), late",
+    "model",
+    "outcome",
+)
+PREFIX_FETCHED_BYTES: Final = _counter("prefix_fetched_bytes", "bytes", "KV bytes moved so", "model", "path")
+PREFIX_FETCH_BUSY: Final = _counter(
+    "prefix_fetch_busy_seconds", "seconds", "Time that moving them took", "model", "path"
+)
 PREDICTION_ERROR: Final = _metric(
     Kind.HISTOGRAM,
     Source.REQUESTS,

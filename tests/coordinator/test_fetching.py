@@ -8,6 +8,7 @@ from typing import TypeVar
 import pytest
 
 from coordinator.events import FromWorker, Send
+from coordinator.fetch_tally import FetchOutcome
 from coordinator.fleet import WorkerState
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.messages import (
@@ -30,7 +31,7 @@ from pdserve.core.messages import (
 )
 from pdserve.core.prefix import PrefixHashes, pack_keys
 from tests.support.model_workers import LAYOUT
-from tests.support.registry_world import SETTINGS, World, new_request
+from tests.support.registry_world import MODEL, SETTINGS, World, new_request
 
 M = TypeVar("M")
 HAS, LACKS = WorkerId("decode-0"), WorkerId("decode-1")
@@ -100,7 +101,9 @@ def test_it_is_pushed_and_then_the_request_is_offered() -> None:
     assert isinstance(offer, StartDecode)
     done = TransferDone(attempt=attempt, bytes_moved=1, exposed_s=0.0, busy_s=0.1, path="fake")
     assert hear(world, HAS, done) == []
-    assert world.registry.fetched == {"arrived": 1}
+    tally = world.registry.fetched
+    assert tally.ended == {(MODEL, FetchOutcome.ARRIVED): 1}
+    assert tally.bytes_moved == {(MODEL, "fake"): 1}
     assert world.registry.num_fetching == world.registry.num_unsettled == 0
 
 
@@ -119,7 +122,7 @@ def test_a_refusal_means_reading_it() -> None:
     refused = Refused(attempt=attempt, reason=RefusalReason.NO_BLOCKS, detail="none")
     (offer,) = hear(world, LACKS, refused)
     assert isinstance(offer, StartDecode)
-    assert world.registry.fetched == {"failed": 1}
+    assert world.registry.fetched.count(FetchOutcome.REFUSED) == 1
 
 
 def test_a_push_that_fails_means_reading_it_and_its_end_is_told_to_who_waited() -> None:
@@ -131,6 +134,8 @@ def test_a_push_that_fails_means_reading_it_and_its_end_is_told_to_who_waited() 
     assert cancel == Cancel(attempt=attempt, reason="it broke")
     assert isinstance(offer, StartDecode)
     assert hear(world, HAS, PushesSettled(attempt=attempt)) == [PushesSettled(attempt=attempt)]
+    assert world.registry.fetched.count(FetchOutcome.FAILED) == 1
+    assert not world.registry.fetched.bytes_moved
 
 
 def test_what_takes_longer_than_reading_is_given_up() -> None:
@@ -139,6 +144,7 @@ def test_what_takes_longer_than_reading_is_given_up() -> None:
     world.tick(10.0)
     sent(world, StartDecode)
     assert world.registry.num_fetching == 0
+    assert world.registry.fetched.count(FetchOutcome.LATE) == 1
 
 
 def test_a_lost_holder_means_reading_it() -> None:
@@ -147,3 +153,4 @@ def test_a_lost_holder_means_reading_it() -> None:
     world.sent.clear()
     world.lose(HAS)
     sent(world, StartDecode)
+    assert world.registry.fetched.count(FetchOutcome.LOST) == 1

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from coordinator.account import Leg
 from coordinator.cost import bill
 from coordinator.fast_histogram import FastHistograms
+from coordinator.fetch_tally import FetchOutcome, FetchTally
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.metrics import Metrics
 from coordinator.report import Report
@@ -138,6 +139,10 @@ def busy_metrics() -> Metrics:
             fit.count = 1
     metrics.observe_fleet(fleet)
     metrics.observe_requests({Phase.DECODING: 3}, waiting=2)
+    tally = FetchTally()
+    tally.ended["m", FetchOutcome.ARRIVED] += 1
+    tally.moved("m", "shm", 4096, 0.01)
+    metrics.observe_fetches(tally)
     metrics.planner_plans.labels("m", "keep").inc()
     metrics.planner_rate.labels("m").set(1.0)
     metrics.planner_capacity.labels("m", "now").set(2.0)
