@@ -19,7 +19,9 @@ from coordinator.gateway import SERVICE, Gateway
 from coordinator.keys import ApiKeys, Scope
 from pdserve.core.config import CoordinatorSettings
 from pdserve.core.errors import ConfigError
+from pdserve.core.followed import FollowedFiles
 from pdserve.core.security_settings import SecuritySettings
+from pdserve.core.tls import RenewedContext
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +90,12 @@ def _credentials(security: SecuritySettings) -> grpc.ServerCredentials | None:
     files = [Path(security.tls_cert_file), Path(security.tls_key_file)]
     if security.tls_client_ca_file is not None:
         files.append(Path(security.tls_client_ca_file))
-    seen = _stamps(files)
+    followed = FollowedFiles(files)
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
         """None: as before."""
-        nonlocal seen
-        stamps = _stamps(files)
-        if stamps == seen:
+        if not followed.changed():
             return None
-        seen = stamps
         try:
             certificates = _certificates(files)
         except ConfigError as error:
@@ -113,16 +112,24 @@ def _credentials(security: SecuritySettings) -> grpc.ServerCredentials | None:
 
 
 def web_tls(security: SecuritySettings) -> ssl.SSLContext | None:
-    """The endpoint's certificate for the console; browsers show none of their own. Raises `ConfigError`."""
-    if security.tls_cert_file is None:
+    """The endpoint's certificate for the console, as it is at each handshake. Browsers show none.
+
+    Raises `ConfigError`.
+    """
+    cert, key = security.tls_cert_file, security.tls_key_file
+    if cert is None or key is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(security.tls_cert_file, security.tls_key_file)
-    except OSError as error:
-        raise ConfigError(f"security.tls_cert_file: {security.tls_cert_file}: {error}") from error
-    return context
+
+    def make() -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(cert, key)
+        except OSError as error:
+            raise ConfigError(f"security.tls_cert_file: {cert}: {error}") from error
+        return context
+
+    return RenewedContext(make, (cert, key)).for_listening()
 
 
 def _certificates(files: list[Path]) -> grpc.ServerCertificateConfiguration:
@@ -133,14 +140,3 @@ def _certificates(files: list[Path]) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration(
         [(key, cert)], root_certificates=authorities[0] if authorities else None
     )
-
-
-def _stamps(files: list[Path]) -> list[tuple[int, int] | None]:
-    def stamp(file: Path) -> tuple[int, int] | None:
-        try:
-            found = file.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino
-
-    return [stamp(file) for file in files]

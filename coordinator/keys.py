@@ -21,6 +21,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pdserve.core.errors import ConfigError, PermissionDenied, Unauthenticated
+from pdserve.core.followed import FollowedFiles
 from pdserve.core.settings import Frozen
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class ApiKeys:
     ) -> None:
         self._entries = _digests(entries)
         self._file, self._clock = file, clock
-        self._stamp = None if file is None else _stamp(file)
+        self._followed = FollowedFiles(() if file is None else (file,))
         self._look_again = clock() + _LOOK_AGAIN_S
 
     @classmethod
@@ -118,10 +119,8 @@ class ApiKeys:
         if self._file is None or self._clock() < self._look_again:
             return
         self._look_again = self._clock() + _LOOK_AGAIN_S
-        stamp = _stamp(self._file)
-        if stamp == self._stamp:
+        if not self._followed.changed():
             return
-        self._stamp = stamp
         try:
             self._entries = _digests(_read(self._file))
         except ConfigError as error:
@@ -141,14 +140,6 @@ def _digests(entries: Sequence[KeyEntry]) -> list[tuple[bytes, Caller]]:
         (bytes.fromhex(entry.sha256), Caller(entry.name, frozenset(entry.scopes), entry.tenant))
         for entry in entries
     ]
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _read(file: Path) -> tuple[KeyEntry, ...]:

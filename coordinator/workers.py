@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -11,6 +10,7 @@ from pdserve.core.channel import Channel, connect
 from pdserve.core.errors import ProtocolError, WorkerLost
 from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.core.messages import Down, Hello, Message, WorkerInfo
+from pdserve.core.tls import RenewedContext
 
 DIAL_TIMEOUT_S: Final = 10.0
 MAX_QUEUED_BYTES: Final = 256 * 2**20
@@ -18,7 +18,7 @@ MAX_QUEUED_BYTES: Final = 256 * 2**20
 
 
 async def dial(
-    address: str, *, sender: str, tls: ssl.SSLContext | None = None, timeout_s: float = DIAL_TIMEOUT_S
+    address: str, *, sender: str, tls: RenewedContext | None = None, timeout_s: float = DIAL_TIMEOUT_S
 ) -> tuple[Channel, WorkerInfo, list[Message]]:
     """Connect to a worker; returns what it sent after its introduction too.
 
@@ -27,7 +27,7 @@ async def dial(
     channel: Channel | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            channel = await connect(address, tls=tls)
+            channel = await connect(address, tls=None if tls is None else tls.latest())
             channel.send([Hello(protocol=PROTOCOL_VERSION, sender=sender)])
             info, rest = await _introduction(channel, address)
     except (OSError, TimeoutError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,29 @@ async def test_with_a_certificate_it_is_served_over_tls(tmp_path: Path) -> None:
     security = SecuritySettings(tls_cert_file=str(pair.cert), tls_key_file=str(pair.key))
     async with deployed(tmp_path, security=security, prefill=0, decode=0) as system:
         assert system.console.startswith("https://")
+
+
+@scenario
+async def test_a_renewed_certificate_is_shown_at_the_next_handshake_and_a_broken_one_never(
+    tmp_path: Path,
+) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    pair = old.issue("server")
+    security = SecuritySettings(tls_cert_file=str(pair.cert), tls_key_file=str(pair.key))
+
+    async def status(authority: Authority) -> int:
+        trusted = ssl.create_default_context(cafile=str(authority.file))
+        async with aiohttp.ClientSession() as session, session.get(system.console, ssl=trusted) as answer:
+            return answer.status
+
+    async with deployed(tmp_path, security=security, prefill=0, decode=0) as system:
+        assert await status(old) == 200
+        new.issue("server")
+        assert await status(new) == 200
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await status(old)
+        pair.cert.write_text("no certificate")
+        assert await status(new) == 200
 
 
 def test_what_is_older_than_the_window_counts_no_more() -> None:

@@ -114,6 +114,28 @@ async def test_workers_and_coordinator_know_each_other_by_certificate(tmp_path: 
 
 
 @scenario
+async def test_renewed_files_are_used_between_workers_and_coordinator_too(tmp_path: Path) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    pair, authorities = old.issue("node"), tmp_path / "authorities.pem"
+    authorities.write_bytes(old.file.read_bytes())
+    files = TlsFiles(cert_file=str(pair.cert), key_file=str(pair.key), ca_file=str(authorities))
+    cluster = ScriptedCluster(tmp_path)
+    worker = await cluster.start("decode-0", Role.DECODE)
+    server, address = await listen("tcp:127.0.0.1:0", worker._converse, tls=accepting(files))
+    ours = dialling(files)
+    try:
+        (await dial(address, sender="test", tls=ours))[0].abort()
+        new.issue("node")
+        authorities.write_bytes(new.file.read_bytes())
+        (await dial(address, sender="test", tls=ours))[0].abort()
+        with pytest.raises(WorkerLost):
+            await dial(address, sender="test", tls=dialling(cluster_files(old, "left")), timeout_s=2.0)
+    finally:
+        server.close()
+        await cluster.stop()
+
+
+@scenario
 async def test_a_coordinator_talks_to_no_worker_without_a_certificate_of_ours(tmp_path: Path) -> None:
     ours = Authority(tmp_path, "ours")
 
