@@ -42,7 +42,7 @@ class RenewedContext:
             connection.context = self.latest()
 
         # OpenSSL asks this with every hello, also of clients that name no host.
-        context.sni_callback = renew  # type: ignore[assignment]  # the stubs know no SSLObject
+        context.sni_callback = renew
         return context
 
 
