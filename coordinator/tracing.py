@@ -23,6 +23,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Final
+from urllib.parse import urlsplit
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
@@ -243,11 +244,17 @@ def _otlp(settings: TracingSettings) -> SpanExporter:
             return OverGrpc(endpoint=settings.endpoint)
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as OverHttp
 
-        return OverHttp(endpoint=settings.endpoint)
+        return OverHttp(endpoint=None if settings.endpoint is None else _traces_url(settings.endpoint))
     except ImportError as error:
         raise ConfigError(
             f"tracing.exporter: {settings.exporter} needs `pip install pdserve[otel]` ({error})"
         ) from error
+
+
+def _traces_url(endpoint: str) -> str:
+    """The exporter posts to what it is given; a collector's address alone stands for its usual path."""
+    bare = urlsplit(endpoint).path.strip("/") == ""
+    return endpoint.rstrip("/") + "/v1/traces" if bare else endpoint
 
 
 class _FileExporter(ConsoleSpanExporter):
