@@ -21,7 +21,7 @@ from pdserve.bench.cost import cost_by_rate, cost_of, hourly_cost
 from pdserve.bench.duration import longest_run_s, longest_trial_s
 from pdserve.bench.load import Progress
 from pdserve.bench.records import RequestRecord, Trial
-from pdserve.bench.report.charts import HeatMap, charts_of
+from pdserve.bench.report.charts import HeatMap, LineChart, charts_of
 from pdserve.bench.report.files import COLUMNS, read_results
 from pdserve.bench.report.png import write_pngs
 from pdserve.bench.report.svg import draw
@@ -130,7 +130,17 @@ def test_a_run_takes_turns_and_leaves_its_report(fake_grpc: Any, fake_openai: An
     ):
         assert needed in page.text, needed
     charts = {attrs["id"] for tag, attrs in page.tags if tag == "svg"}
-    assert {"attainment", "goodput", "ttft", "tpot", "itl", "e2e", "timeline-ours & co", "cost"} <= charts
+    assert {
+        "attainment",
+        "goodput",
+        "ttft",
+        "tpot",
+        "itl",
+        "e2e",
+        "timeline-ours & co",
+        "transfers",
+        "cost",
+    } <= charts
     assert sum("data-tip" in attrs for _, attrs in page.tags) > 50
     assert not [a for tag, a in page.tags if tag in ("link", "img") or a.get("src") or a.get("href")]
     assert "not-for-the-report" not in text + (tmp_path / "results.json").read_text()
@@ -172,6 +182,20 @@ def test_costs_are_of_tokens_inside_their_targets(fake_grpc: Any, fake_openai: A
     found = cost_of(run, ours, Goodput(attainment=0.9, rate=10.0, low=None, high=None))
     assert found is not None
     assert found.requests_per_price == 10 * 3600 / 6
+
+
+def test_the_kv_that_was_moved_is_spread_over_the_seconds_in_which_it_was(
+    fake_grpc: Any, fake_openai: Any, tmp_path: Path
+) -> None:
+    run = asyncio.run(against_fakes(fake_grpc, fake_openai, tmp_path, Quiet(), rates=[20], rounds=1))
+    (chart,) = [chart for chart in charts_of(run) if chart.key == "transfers"]
+    assert isinstance(chart, LineChart)
+    (line,) = chart.lines  # the other server does not say what it moved
+    assert line.name == "ours & co"
+    (trial,) = run.trials_of("ours & co")
+    width_s = max(r.done_s or 0.0 for r in trial.records) / len(line.x)
+    moved = sum(r.timings.bytes_moved for r in trial.records if r.timings is not None)
+    assert sum(line.y) * width_s * 1e6 == pytest.approx(moved)
 
 
 def test_two_of_one_arrangement_share_a_cell_of_the_heat_map(

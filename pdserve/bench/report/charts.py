@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pdserve.bench.cost import cost_by_rate, hourly_price
 from pdserve.bench.records import RequestRecord, Trial
@@ -16,6 +17,9 @@ PHASES = ("waiting", "prefill", "transfer", "decode")
 PHASE_COLOURS = ("#94a3b8", "#2563eb", "#d97706", "#059669")
 _CDF_POINTS = 200
 _TIMELINE_POINTS = 160
+
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,7 @@ def charts_of(run: Run) -> list[Chart]:
     charts: list[Chart] = [_attainment(run), _goodput(run)]
     charts += _distributions(run)
     charts += [_timeline(trial) for trial in run.common_trials() if trial.counted]
-    return charts + [chart for chart in (_cost(run), _ratios(run)) if chart is not None]
+    return charts + [chart for chart in (_transfers(run), _cost(run), _ratios(run)) if chart is not None]
 
 
 def colour_of(run: Run, system: str) -> str:
@@ -176,7 +180,9 @@ def _cdf(run: Run, key: str, name: str, values_of: Callable[[RequestRecord], lis
         values = np.sort([value * 1e3 for record in records for value in values_of(record)])
         if len(values) == 0:
             continue
-        parts = np.linspace(0, 1, min(len(values), _CDF_POINTS)) if len(values) > 1 else np.array([1.0])
+        # Of many values a few tiny ones (two messages at once) would stretch the axis.
+        first = 0.005 if len(values) > _CDF_POINTS else 0.0
+        parts = np.linspace(first, 1, min(len(values), _CDF_POINTS)) if len(values) > 1 else np.array([1.0])
         lines.append(
             Line(
                 name=system.name,
@@ -245,6 +251,49 @@ def phases_of(record: RequestRecord, end_s: float) -> list[tuple[str, float, flo
         ("transfer", first_s, arrived_s),
         ("decode", arrived_s, done_s),
     ]
+
+
+def _transfers(run: Run) -> LineChart | None:
+    """KV between workers over the same trials, by what the server says each request moved."""
+    lines = []
+    for trial in run.common_trials():
+        end_s = max((r.done_s or r.intended_s for r in trial.records), default=1.0)
+        edges = np.linspace(0, end_s, max(2, round(end_s) + 1))
+        bytes_at = np.zeros(len(edges) - 1)
+        for record in trial.records:
+            if record.timings is not None:
+                bytes_at += record.timings.bytes_moved * _parts_within(_under_way(record, end_s), edges)
+        if not bytes_at.any():
+            continue
+        lines.append(
+            Line(
+                name=trial.system,
+                x=[float(x) for x in (edges[:-1] + edges[1:]) / 2],
+                y=[float(y) for y in bytes_at / np.diff(edges) / 1e6],
+                colour=colour_of(run, trial.system),
+            )
+        )
+    if not lines:
+        return None
+    return LineChart(
+        key="transfers",
+        title=f"KV moved at {run.common_trials()[0].rate:.3g} requests/s",
+        x_label="seconds",
+        y_label="MB/s between workers",
+        lines=lines,
+    )
+
+
+def _under_way(record: RequestRecord, end_s: float) -> tuple[float, float]:
+    """Layers leave as they are computed: from the beginning of the prompt's reading to the last arrival."""
+    spans = {phase: (since_s, until_s) for phase, since_s, until_s in phases_of(record, end_s)}
+    return spans["prefill"][0], spans["transfer"][1]
+
+
+def _parts_within(span: tuple[float, float], edges: Floats) -> Floats:
+    """Which part of the span lies between each two edges; all of it where it begins, if it has no length."""
+    since_s, until_s = span[0], max(span[1], span[0] + 1e-6)
+    return np.diff(np.clip(edges, since_s, until_s)) / (until_s - since_s)
 
 
 def _ratios(run: Run) -> HeatMap | None:

@@ -11,8 +11,10 @@ from typing import Final
 from pdserve.bench.report.charts import Chart, HeatMap, Line, LineChart
 
 WIDTH: Final = 560
-HEIGHT: Final = 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 34, 46
+HEIGHT: Final = 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 56, 46
+_LEGEND_ROW: Final = 13
+"""Between two rows of names, which have the space between title and plot."""
 _TIPS_PER_LINE: Final = 40
 
 
@@ -137,13 +139,14 @@ def _marks(chart: LineChart, x: _Scale, y: _Scale) -> str:
 
 
 def _legend(lines: Sequence[Line]) -> str:
-    parts, right = [], float(WIDTH - _RIGHT)
-    for line in reversed(lines):
-        width = 22 + 6.6 * len(line.name)
-        right -= width
-        # Below the title's baseline on the right, so that neither covers the other.
-        parts.append(f'<rect x="{right:.1f}" y="{_TOP - 10}" width="10" height="8" fill="{line.colour}"/>')
-        parts.append(f'<text class="legend" x="{right + 14:.1f}" y="{_TOP - 2}">{escape(line.name)}</text>')
+    parts, left, base = [], float(_LEFT), 34
+    for line in lines:
+        width = 24 + 6.6 * len(line.name)
+        if left > _LEFT and left + width > WIDTH:
+            left, base = float(_LEFT), base + _LEGEND_ROW
+        parts.append(f'<rect x="{left:.1f}" y="{base - 8}" width="10" height="8" fill="{line.colour}"/>')
+        parts.append(f'<text class="legend" x="{left + 14:.1f}" y="{base}">{escape(line.name)}</text>')
+        left += width
     return "".join(parts)
 
 

@@ -38,43 +38,43 @@ def tables_of(run: Run) -> list[Table]:
 
 
 def goodput_table(run: Run) -> Table:
+    # Without a price there is nothing to say in the last two columns.
+    priced = any(system.price_per_unit_hour is not None for system in run.systems)
+    head = ["system", "inside", "requests/s", "95% interval", "per unit", "per 1M tokens"]
+    head += ["price per 1M", "requests per price"] if priced else []
     rows = []
     for system in run.systems:
         if system.failed:
-            rows.append([system.name, "failed", *[""] * 6])
-        for goodput in system.goodputs:
-            cost = cost_of(run, system, goodput)
-            rows.append(
-                [
-                    system.name,
-                    f"{goodput.attainment:.0%}",
-                    rate_text(goodput, system),
-                    interval_text(goodput),
-                    _per_unit(cost.requests_per_s_per_unit if cost else None, system),
-                    _figure(cost.unit_hours_per_million_tokens if cost else None, f" {system.unit}-h"),
-                    _figure(cost.price_per_million_tokens if cost else None),
-                    _figure(cost.requests_per_price if cost else None),
-                ]
-            )
+            rows.append([system.name, "failed", *[""] * (len(head) - 2)])
+        rows += [_goodput_row(run, system, goodput, priced=priced) for goodput in system.goodputs]
+    without = "" if priced else " Prices appear when the scenario gives price_per_unit_hour."
     return Table(
         title="Goodput: the highest rate with so many requests inside their targets",
-        head=(
-            "system",
-            "inside",
-            "requests/s",
-            "95% interval",
-            "per unit",
-            "per 1M tokens",
-            "price per 1M",
-            "requests per price",
-        ),
+        head=head,
         rows=rows,
         note=(
             "The interval comes from resampling the trials; an open end lies beyond the rates tried. "
-            "Tokens are output tokens. Prices, and requests for one unit of the currency, appear when the "
-            "scenario gives price_per_unit_hour."
+            f"Tokens are output tokens.{without}"
         ),
     )
+
+
+def _goodput_row(run: Run, system: SystemResult, goodput: Goodput, *, priced: bool) -> list[str]:
+    cost = cost_of(run, system, goodput)
+    row = [
+        system.name,
+        f"{goodput.attainment:.0%}",
+        rate_text(goodput, system),
+        interval_text(goodput),
+        _per_unit(cost.requests_per_s_per_unit if cost else None, system),
+        _figure(cost.unit_hours_per_million_tokens if cost else None, f" {system.unit}-h"),
+    ]
+    if priced:
+        row += [
+            _figure(cost.price_per_million_tokens if cost else None),
+            _figure(cost.requests_per_price if cost else None),
+        ]
+    return row
 
 
 def latency_table(run: Run) -> Table:
