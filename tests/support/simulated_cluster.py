@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from coordinator.book import RegistrySettings
 from coordinator.events import (
@@ -39,26 +38,12 @@ from coordinator.events import Send as CoordinatorSend
 from coordinator.links import Links
 from coordinator.registry import Registry
 from coordinator.router import Router
-from kvtransfer.protocol import (
-    NoteArrived,
-    Outcome,
-    Path,
-    PathInfo,
-    PeerConnected,
-    PeerFailed,
-    Push,
-    PushEnded,
-)
 from pdserve.core.config import RoutingPolicy, WholeOnPrefill
 from pdserve.core.errors import PdServeError
 from pdserve.core.ids import RequestId, WorkerId
-from pdserve.core.layout import PROTOCOL_VERSION, CacheGroup, Fingerprint, GroupLayout
-from pdserve.core.messages import ConnectPeer, Down, Hello, PushPrefix, Role, StartDecode, Up, WorkerInfo
+from pdserve.core.layout import PROTOCOL_VERSION
+from pdserve.core.messages import Hello, PushPrefix, Role, StartDecode
 from pdserve.core.sampling import SamplingParams
-from pdserve.elastic.scheduler import ElasticScheduler
-from pdserve.engine.batch import Sampled
-from pdserve.engine.block_pool import HolderKind
-from pdserve.worker.compute import WorkResult
 from pdserve.worker.events import (
     Action,
     ConnectTransfer,
@@ -70,16 +55,18 @@ from pdserve.worker.events import (
     Send,
     SubmitPush,
 )
-from pdserve.worker.shared import Shared
-
-MODEL = "simulated"
-NOBODY = OwnerId(0)
-BLOCK, LAYERS, EOS, MAX_LEN = 4, 4, 2, 60
-LAYOUT = GroupLayout(
-    group=CacheGroup(name="kv", num_layers=LAYERS, num_kv_heads=1, head_dim=2, dtype="float32"),
-    block_tokens=BLOCK,
+from tests.support.simulated_process import (
+    EOS,
+    LAYERS,
+    MAX_LEN,
+    MODEL,
+    Process,
+    computed,
+    new_process,
+    next_token,
 )
-FINGERPRINT = Fingerprint(protocol=PROTOCOL_VERSION, model=MODEL, layouts=(LAYOUT,))
+from tests.support.simulated_transfers import Transfers
+
 ROLES = {
     "prefill-0": Role.PREFILL,
     "prefill-1": Role.PREFILL,
@@ -97,52 +84,11 @@ SETTINGS = RegistrySettings(
 SETTLE_TURNS = 400
 
 
-def next_token(tokens: Sequence[int], seed: int) -> int:
-    """What the model says after `tokens`, drawn with `seed`."""
-    mixed = seed
-    for token in tokens:
-        mixed = (mixed * 31 + token + 7) % 1_000_003
-    return EOS if mixed % 61 == 0 else 3 + mixed % 6
-
-
 class FastLinks(Links):
     """Transfers take no time here, so nothing would ever be measured."""
 
     def bytes_per_s(self, source: WorkerId, target: WorkerId) -> float | None:
         return 1e9
-
-
-@dataclass(slots=True)
-class Process:
-    """One incarnation of a worker."""
-
-    info: WorkerInfo
-    shared: Shared
-    scheduler: ElasticScheduler
-    owner: OwnerId = NOBODY
-    linked: bool = False
-    """The coordinator's connection to it stands."""
-    stopped: bool = False
-    """SIGSTOP: it does nothing, and what is sent to it waits."""
-    down: deque[Down] = field(default_factory=deque)
-    up: deque[Up] = field(default_factory=deque)
-    inbox: deque[Event] = field(default_factory=deque)
-    """From its transfer service."""
-    peers: dict[WorkerId, Process] = field(default_factory=dict)
-    """Whose memory its transfer service can reach: processes, which may have ended."""
-
-    @property
-    def id(self) -> WorkerId:
-        return self.info.worker
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A push under way, between two processes."""
-
-    sender: Process
-    target: Process
-    push: Push
 
 
 class SimulatedCluster:
@@ -154,14 +100,10 @@ class SimulatedCluster:
         self.counts: Counter[str] = Counter()
         self.processes: dict[WorkerId, Process] = {}
         self.epochs: Counter[str] = Counter()
-        self.flying: list[Flight] = []
-        self.lost: list[Flight] = []
-        """Neither their bytes nor their end will ever come, while both processes live."""
-        self.notes: list[tuple[Process, Process, bytes]] = []
+        self.transfers = Transfers()
         self.requests: dict[RequestId, NewRequest] = {}
         self.output: dict[RequestId, list[int]] = {}
         self.ends: dict[RequestId, str] = {}
-        self._timed_out: set[int] = set()
         self._owners = itertools.count(1)
         self.registry = self._new_registry()
         for name in ROLES:
@@ -172,33 +114,8 @@ class SimulatedCluster:
     def start(self, name: str) -> None:
         """A new process of this name; the one before it has ended."""
         self.epochs[name] += 1
-        role, worker = ROLES[name], WorkerId(name)
-        shared = Shared(
-            worker=worker,
-            epoch=self.epochs[name],
-            role=role,
-            layout=LAYOUT,
-            num_blocks=26,
-            max_len=MAX_LEN,
-            prefix_caching=True,
-        )
-        scheduler = ElasticScheduler(
-            shared, prefill_tokens=12, prefill_seqs=4, decode_tokens=12, decode_seqs=4
-        )
-        info = WorkerInfo(
-            worker=worker,
-            role=role,
-            epoch=self.epochs[name],
-            pid=1,
-            host="simulated",
-            fingerprint=FINGERPRINT,
-            transfer_metadata=b"",
-            num_blocks=26,
-            block_tokens=BLOCK,
-            max_model_len=MAX_LEN,
-            max_num_seqs=4,
-        )
-        self.processes[worker] = Process(info, shared, scheduler)
+        worker = WorkerId(name)
+        self.processes[worker] = new_process(name, ROLES[name], self.epochs[name])
         self.link(self.processes[worker])
 
     def link(self, process: Process) -> None:
@@ -225,20 +142,11 @@ class SimulatedCluster:
         """It is gone: nothing of it writes any more, and nobody writes into it."""
         del self.processes[process.id]
         process.linked = False
-        kept = []
-        for flight in self.flying + self.lost:
-            if flight.target is process and flight.sender is not process:
-                flight.sender.inbox.append(PushEnded(id=flight.push.id, outcome=Outcome.FAILED))
-            elif flight.sender is not process:
-                kept.append(flight)
-        self.flying = [flight for flight in kept if flight not in self.lost]
-        self.lost = [flight for flight in kept if flight in self.lost]
-        self.notes = [note for note in self.notes if process is not note[1]]
+        self.transfers.end_with(process)
         self.tell(WorkerGone(worker=process.id, epoch=process.info.epoch, why="simulated"))
 
-    def any_process(self, *, kind: Role | None = None) -> Process | None:
-        found = [p for p in self.processes.values() if kind is None or p.info.role is kind]
-        return self.random.choice(found) if found else None
+    def any_process(self) -> Process:
+        return self.random.choice(list(self.processes.values()))
 
     # --- the coordinator ----------------------------------------------------------------------------
 
@@ -301,46 +209,13 @@ class SimulatedCluster:
                     if process.linked and owner == process.owner:
                         process.up.append(message)
                 case SubmitPush(push):
-                    self._submit(process, push)
+                    self.transfers.submit(process, push, self.processes.get(push.peer))
                 case ConnectTransfer(peer):
-                    self._connect(process, peer)
+                    self.transfers.connect(process, peer, self.processes.get(peer.peer))
                 case DisconnectTransfer(peer, epoch):
-                    self._disconnect(process, peer, epoch)
+                    self.transfers.disconnect(process, peer, epoch)
                 case _:
                     raise AssertionError(f"{action}: there are no tiers here")
-
-    def _connect(self, process: Process, peer: ConnectPeer) -> None:
-        target = self.processes.get(peer.peer)
-        if target is None or target.info.epoch != peer.epoch:
-            process.inbox.append(PeerFailed(peer=peer.peer, error="nobody answers"))
-            return
-        process.peers[peer.peer] = target
-        info = PathInfo(path=Path.FAKE)
-        process.inbox.append(PeerConnected(peer=peer.peer, epoch=peer.epoch, path=info))
-
-    def _submit(self, process: Process, push: Push) -> None:
-        target = process.peers.get(push.peer)
-        if target is None or self.processes.get(push.peer) is not target:
-            process.inbox.append(PushEnded(id=push.id, outcome=Outcome.FAILED))
-        else:
-            self.flying.append(Flight(process, target, push))
-
-    def _disconnect(self, process: Process, peer: WorkerId, epoch: int) -> None:
-        if peer in process.peers and process.peers[peer].info.epoch <= epoch:
-            del process.peers[peer]
-        for flights in (self.flying, self.lost):
-            for flight in list(flights):
-                target = flight.target.info
-                if flight.sender is process and target.worker == peer and target.epoch <= epoch:
-                    flights.remove(flight)
-                    process.inbox.append(PushEnded(id=flight.push.id, outcome=Outcome.FAILED))
-
-    def _write(self, flight: Flight) -> None:
-        """The bytes arrive: whose blocks are they?"""
-        for block in flight.push.dst_blocks:
-            kinds = {holder.kind for holder in flight.target.shared.pool.holders(block)}
-            waiting = kinds & {HolderKind.RECEIVER, HolderKind.QUARANTINE}
-            assert waiting, f"{flight.push} wrote over block {block} of {kinds or 'nobody'}"
 
     # --- things that happen -------------------------------------------------------------------------
 
@@ -403,45 +278,18 @@ class SimulatedCluster:
         if plan.chunks:
             for first in (0, LAYERS // 2):
                 self.act(process, process.scheduler.layers_done(plan, first, first + LAYERS // 2, self.now))
-        results = [
-            WorkResult(Sampled(next_token(turn.run.tokens, turn.run.spec.sampling.seed), None), [])
-            if turn.final
-            else WorkResult(None, [])
-            for turn in plan.turns
-        ]
-        results += [
-            WorkResult(Sampled(next_token(c.run.spec.tokens, c.run.spec.sampling.seed), None), [])
-            if c.final
-            else WorkResult(None, [])
-            for c in plan.chunks
-        ]
-        self.act(process, process.scheduler.complete(plan, results, self.now))
+        self.act(process, process.scheduler.complete(plan, computed(plan), self.now))
 
     def do_end_push(self, index: int, how: str) -> None:
         """how: lands, fails, fails halfway, fails after landing, is lost."""
-        if not self.flying:
-            return
-        flight = self.flying.pop(index % len(self.flying))
-        self.counts[f"push {how}"] += 1
-        if how == "is lost":
-            self.lost.append(flight)
-            return
-        if how != "fails":
-            self._write(flight)
-        if how in ("lands", "fails after landing") and flight.push.note is not None:
-            self.notes.append((flight.sender, flight.target, flight.push.note))
-        outcome = Outcome.COMPLETED if how == "lands" else Outcome.FAILED
-        flight.sender.inbox.append(PushEnded(id=flight.push.id, outcome=outcome))
+        if self.transfers.flying:
+            self.transfers.end_push(index, how)
+            self.counts[f"push {how}"] += 1
 
     def do_note(self, index: int, *, again: bool = False) -> None:
         """A note arrives; `again`: and will once more."""
-        if not self.notes:
-            return
-        sender, target, note = self.notes.pop(index % len(self.notes))
-        if again:
-            self.notes.append((sender, target, note))
-        if self.processes.get(target.id) is target:
-            target.inbox.append(NoteArrived(peer=sender.id, note=note))
+        if self.transfers.notes:
+            self.transfers.arrive(index, again=again)
 
     def do_beat(self, process: Process) -> None:
         if process.linked and not process.stopped:
@@ -449,12 +297,8 @@ class SimulatedCluster:
 
     def do_pass_time(self, seconds: float) -> None:
         self.now += seconds
-        for flight in self.flying + self.lost:
-            key = id(flight.push)
-            if flight.push.deadline <= self.now and key not in self._timed_out:
-                self._timed_out.add(key)
-                flight.sender.inbox.append(PushEnded(id=flight.push.id, outcome=Outcome.TIMED_OUT))
-                self.counts["push timed out"] += 1
+        if num_late := self.transfers.expire(self.now):
+            self.counts["push timed out"] += num_late
         for process in list(self.processes.values()):
             if not process.stopped:
                 self.act(process, process.scheduler.sweep(self.now))
@@ -490,9 +334,10 @@ class SimulatedCluster:
 
     def do_restart_coordinator(self) -> None:
         """Its clients see their streams break; workers see their owner go; the next one knows nothing."""
-        for request in self.requests.keys() - self.ends.keys():
-            self.ends[request] = "CoordinatorKilled"
-            self.counts["cut off"] += 1
+        for request in self.requests:
+            if request not in self.ends:
+                self.ends[request] = "CoordinatorKilled"
+                self.counts["cut off"] += 1
         self.registry = self._new_registry()
         for process in self.processes.values():
             process.linked = False
@@ -516,7 +361,6 @@ class SimulatedCluster:
         """One thing happens, drawn from the seed. faults: how often what goes wrong does, 0 never."""
         rng = self.random
         process = self.any_process()
-        assert process is not None
         if rng.random() < 0.02 * faults:
             self._fault(process)
             return
@@ -564,7 +408,7 @@ class SimulatedCluster:
         """Nothing goes wrong any more: let everything come to rest, and check that nothing is left."""
         for process in list(self.processes.values()):
             # What is stopped, or has a transfer that nobody will ever hear of, is replaced by operators.
-            if process.stopped or any(process in (f.sender, f.target) for f in self.lost):
+            if process.stopped or any(process in (f.sender, f.target) for f in self.transfers.lost):
                 self.do_kill(process)
         for _ in range(SETTLE_TURNS):
             self._move_everything()
@@ -577,9 +421,9 @@ class SimulatedCluster:
         self.check_nothing_is_left()
 
     def _move_everything(self) -> None:
-        while self.flying:
+        while self.transfers.flying:
             self.do_end_push(0, "lands")
-        while self.notes:
+        while self.transfers.notes:
             self.do_note(0)
         for process in list(self.processes.values()):
             while process.down or process.up or process.inbox:
