@@ -6,7 +6,7 @@ import asyncio
 import signal
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Final, Self
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pdserve.cli import bench_options as options
 from pdserve.cli.access import access
 from pdserve.cli.console import ERR, OUT
 from pdserve.core.errors import ConfigError
@@ -32,7 +33,6 @@ bench_app = typer.Typer(
 
 DEFAULT_OUT: Final = Path("out/sla")
 _WIDTH_OF_FILES: Final = 160
-_CHAT: Final = "/chat/completions"
 _ON_TERMINAL: Final = 2
 """Tables that are printed; the page has all."""
 
@@ -40,46 +40,20 @@ _ON_TERMINAL: Final = 2
 @bench_app.callback()
 def bench(
     context: typer.Context,
-    scenario: Annotated[
-        Path | None, typer.Option("--scenario", "-s", help="YAML file; see benchmarks/sla.", metavar="FILE")
-    ] = None,
-    address: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--address",
-            "-a",
-            help="Measure this server instead: host:port or grpcs://host:port (gRPC), http://host:port "
-            "(OpenAI completions), http://host:port/v1/chat/completions (chat); may be repeated.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="What to serve, or to ask the servers for.")
-    ] = None,
-    rates: Annotated[
-        str | None, typer.Option(help="Measure at these requests per second, as 1,2,4; else search.")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="With --rates: turns of each system.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Seconds of arrivals per trial.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds of search per system.")] = None,
-    slo: Annotated[
-        str | None, typer.Option(help="A preset for all classes, such as mlperf-llama2-70b-interactive.")
-    ] = None,
-    goal: Annotated[float | None, typer.Option(help="Part of requests inside targets to search for.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed sends the same requests.")] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Replay this trace (Azure .csv, Mooncake .jsonl).", metavar="FILE")
-    ] = None,
-    endpoint_api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="PDSERVE_ENDPOINT_API_KEY",
-            help="Key for OpenAI endpoints. Keys and certificates for gRPC servers go before the command: "
-            "pdserve --api-key KEY bench ...",
-            metavar="KEY",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = DEFAULT_OUT,
-    png: Annotated[bool, typer.Option(help="PNG files of the plots too, with matplotlib.")] = True,
+    scenario: options.ScenarioFile = None,
+    address: options.Addresses = None,
+    model: options.Model = None,
+    rates: options.Rates = None,
+    rounds: options.Rounds = None,
+    duration: options.Duration = None,
+    budget: options.Budget = None,
+    slo: options.SloPreset = None,
+    goal: options.Goal = None,
+    seed: options.Seed = None,
+    trace: options.Trace = None,
+    endpoint_api_key: options.EndpointKey = None,
+    out: options.Out = DEFAULT_OUT,
+    png: options.Png = True,
 ) -> None:
     """Find the highest rate with 90/95/99% of requests inside their targets, and write a report.
 
@@ -89,22 +63,22 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     # Here, not at the top: numpy and gRPC take time to import, which `--help` should not.
-    from pdserve.bench.scenario import Scenario, load_scenario, parse_scenario, with_endpoint_key
+    from pdserve.bench.scenario import Scenario, load_scenario, with_endpoint_key
 
-    base = Scenario() if scenario is None else load_scenario(scenario)
-    changes = {
-        "systems": _systems(address, model, base),
-        "replay": _replay(trace, base),
-        "rates": _rates(rates),
-        "rounds": rounds,
-        "duration_s": duration,
-        "seed": seed,
-        "search": _given(base.search.model_dump(exclude_unset=True), budget_s=budget, goal=goal),
-        "classes": _classes(base, slo),
-    }
-    chosen = parse_scenario(
-        _given(base.model_dump(exclude_unset=True), **changes), str(scenario or "options")
+    choices = options.Choices(
+        addresses=address,
+        model=model,
+        rates=rates,
+        rounds=rounds,
+        duration_s=duration,
+        budget_s=budget,
+        slo=slo,
+        goal=goal,
+        seed=seed,
+        trace=trace,
     )
+    base = Scenario() if scenario is None else load_scenario(scenario)
+    chosen = options.chosen(base, choices, str(scenario or "options"))
     run = _run(with_endpoint_key(chosen, endpoint_api_key), out, png=png)
     if any(system.failed for system in run.systems):
         raise typer.Exit(1)
@@ -248,47 +222,3 @@ def _print(figures: Figures) -> None:
     out = OUT if OUT.is_terminal else Console(highlight=False, width=_WIDTH_OF_FILES)
     out.print(table)
     out.print()
-
-
-def _systems(addresses: list[str] | None, model: str | None, base: Scenario) -> list[dict[str, Any]] | None:
-    if addresses:
-        return [_system(address, model) for address in addresses]
-    if model is None:
-        return None
-    return [system.model_dump(exclude_unset=True) | {"model": model} for system in base.systems]
-
-
-def _system(address: str, model: str | None) -> dict[str, Any]:
-    if not address.startswith(("http://", "https://")):
-        return {"name": address, "address": address, "model": model}
-    base = address.rstrip("/").removesuffix(_CHAT)
-    endpoint = "chat" if base != address.rstrip("/") else "completions"
-    return {"name": address, "address": base, "protocol": "openai", "endpoint": endpoint, "model": model}
-
-
-def _replay(trace: Path | None, base: Scenario) -> dict[str, Any] | None:
-    if trace is None:
-        return None
-    kept = {} if base.replay is None else base.replay.model_dump(exclude_unset=True)
-    return kept | {"path": trace}
-
-
-def _classes(base: Scenario, slo: str | None) -> list[dict[str, Any]] | None:
-    if slo is None:
-        return None
-    from pdserve.bench.slo import preset
-
-    preset(slo)
-    kept = [one.model_dump(exclude_unset=True, exclude={"slo"}) for one in base.classes]
-    return [one | {"slo_preset": slo} for one in kept]
-
-
-def _rates(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--rates {text}: wanted numbers, such as 1,2,4") from None
-
-
-def _given(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return base | {name: value for name, value in changes.items() if value is not None}

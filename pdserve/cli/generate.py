@@ -6,11 +6,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Final
+from typing import Final
 
-import typer
 from rich.markup import escape
 
+from pdserve.cli import generate_options as options
 from pdserve.cli.access import access
 from pdserve.cli.console import ERR, write_answer
 from pdserve.cli.summary import summary_line
@@ -21,51 +21,38 @@ DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],
-    address: Annotated[
-        str, typer.Option("--address", "-a", help="host:port of the service.")
-    ] = DEFAULT_ADDRESS,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Needed only where several are served.")
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat/--raw", help="Ask through the model's chat template, or continue the text."),
-    ] = True,
-    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
-    min_tokens: Annotated[int | None, typer.Option(help="Shortest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", "-t", help="0: greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens; 0: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the best tokens of this total.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Least probability, relative to the best token's.")
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: avoid what was said.")] = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: avoid tokens that occurred.")
-    ] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="Above 0: avoid frequent tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option(help="Go on to max_tokens.")] = False,
-    sla_class: Annotated[
-        str | None, typer.Option("--class", help="Service class, such as interactive or batch.")
-    ] = None,
-    ttft_ms: Annotated[float | None, typer.Option(help="Target for the first token.")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(help="Target per token after the first.")] = None,
-    tokens_per_second: Annotated[float | None, typer.Option(help="The same target, as a speed.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Whose request it is: limits and fair shares.")] = None,
-    priority: Annotated[int | None, typer.Option(help="Lower is more urgent.")] = None,
-    deadline_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the deltas as JSON lines.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer only.")] = False,
+    prompt: options.Prompt,
+    address: options.Address = DEFAULT_ADDRESS,
+    model: options.ModelName = None,
+    chat: options.Chat = True,
+    system: options.SystemMessage = None,
+    max_tokens: options.MaxTokens = None,
+    min_tokens: options.MinTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
+    sla_class: options.ServiceClass = None,
+    ttft_ms: options.TtftTarget = None,
+    tpot_ms: options.TpotTarget = None,
+    tokens_per_second: options.TokensPerSecond = None,
+    tenant: options.Tenant = None,
+    priority: options.Priority = None,
+    deadline_s: options.Deadline = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Send a prompt to a running service and stream the answer."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if system is not None and not chat:
         raise InvalidRequest(field="--system", value=system, limit="used with --chat")
-    options = RequestOptions(
+    wanted = RequestOptions(
         model=model,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -89,10 +76,14 @@ def generate(
     )
     with Client(address, access=access()) as client:
         if chat:
-            deltas = client.stream(messages=_messages(text, system), **options)
+            deltas = client.stream(messages=_messages(text, system), **wanted)
         else:
-            deltas = client.stream(prompt=text, **options)
-        last = _write_json(deltas) if as_json else _write_text(deltas)
+            deltas = client.stream(prompt=text, **wanted)
+        _show(deltas, as_json=as_json, quiet=quiet)
+
+
+def _show(deltas: Iterator[Delta], *, as_json: bool, quiet: bool) -> None:
+    last = _write_json(deltas) if as_json else _write_text(deltas)
     if last is None or last.timings is None or last.usage is None or last.finish_reason is None:
         raise ProtocolError("the stream ended without its last message")
     if not (quiet or as_json):
