@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -24,20 +25,16 @@ async def dial(
 
     Raises `WorkerLost` when nobody answers in time, `ProtocolError` when somebody else does.
     """
-    channel: Channel | None = None
     try:
         async with asyncio.timeout(timeout_s):
             channel = await connect(address, tls=None if tls is None else tls.latest())
-            channel.send([Hello(protocol=PROTOCOL_VERSION, sender=sender)])
-            info, rest = await _introduction(channel, address)
+            with contextlib.ExitStack() as unless_introduced:
+                unless_introduced.callback(channel.abort)
+                channel.send([Hello(protocol=PROTOCOL_VERSION, sender=sender)])
+                info, rest = await _introduction(channel, address)
+                unless_introduced.pop_all()
     except (OSError, TimeoutError) as error:
-        if channel is not None:
-            channel.abort()
         raise WorkerLost(address, str(error) or f"no introduction within {timeout_s:g} s") from error
-    except BaseException:  # whatever it was, a cancellation too: nobody else knows of this connection
-        if channel is not None:
-            channel.abort()
-        raise
     return channel, info, rest
 
 
