@@ -48,7 +48,6 @@ def _variables(label: str) -> Iterator[dict[str, Any]]:
         "name": label,
         "type": "query",
         "datasource": _SOURCE,
-        "definition": query,
         "query": {"query": query, "refId": label},
         "refresh": 2,
         "includeAll": True,

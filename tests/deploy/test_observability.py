@@ -7,15 +7,21 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard, Panel
+from grafana_foundation_sdk.models.prometheus import Dataquery as PrometheusQuery
 
 from pdserve.core.metric_catalog import CATALOG, Metric, series_names
 from tests.support.paths import REPO
 from tests.support.tools import load_tool
 
 PROMETHEUS = REPO / "deploy" / "prometheus"
+DASHBOARDS = REPO / "deploy" / "grafana" / "dashboards"
 RULE_FILES = ("recording-rules.yml", "alerting-rules.yml")
 _NAME = re.compile(r"\b(?:ray_)?pdserve_[a-z0-9_]+")
 _RECORDED = re.compile(r"\bpdserve:[a-z0-9_:]+")
@@ -86,6 +92,35 @@ def test_the_committed_dashboards_are_those_that_their_source_makes() -> None:
         assert (folder / name).read_text() == text, "run `make docs`"
         panels = json.loads(text)["panels"]
         assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+@pytest.mark.parametrize("path", sorted(DASHBOARDS.glob("*.json")), ids=lambda path: path.stem)
+def test_dashboards_are_of_grafanas_published_types_and_nothing_in_them_is_unknown(path: Path) -> None:
+    """They read each panel by its kind; what they do not know would be missing when it is written again."""
+    register_default_plugins()
+    committed = json.loads(path.read_text())
+    read = Dashboard.from_json(committed)
+    written = json.loads(JSONEncoder().encode(read))
+    assert list(lost(committed, written)) == []
+    assert read.panels
+    for panel in read.panels:
+        if isinstance(panel, Panel):
+            assert panel.targets
+            assert all(isinstance(target, PrometheusQuery) for target in panel.targets)
+
+
+def lost(before: object, after: object, path: str = "") -> Iterator[str]:
+    """Where `after` has not what `before` has."""
+    match before, after:
+        case dict(), dict():
+            for key, value in before.items():
+                yield from lost(value, after[key], f"{path}.{key}") if key in after else (f"{path}.{key}",)
+        case list(), list() if len(before) == len(after):
+            for index, (one, other) in enumerate(zip(before, after, strict=True)):
+                yield from lost(one, other, f"{path}[{index}]")
+        case _:
+            if before != after:
+                yield path
 
 
 def test_every_alert_has_a_section_that_says_what_to_do() -> None:
