@@ -19,7 +19,7 @@ from coordinator.decisions import Placement
 from coordinator.events import Action, NewRequest
 from coordinator.fleet import WorkerState
 from coordinator.flight import Flight
-from coordinator.pool import WHOLE
+from coordinator.pool import SAMPLE, WHOLE
 from coordinator.sla import EVIDENCE, Goal, soonest_s
 from pdserve.core.config import Admission, RoutingPolicy
 from pdserve.core.errors import BlockPoolExhausted, DeadlineExceeded, Overload, Overloaded, PdServeError
@@ -154,7 +154,9 @@ def _too_slow(book: Book, request: NewRequest) -> Overloaded | None:
         if fit.count < EVIDENCE:
             return None
         best_s = min(best_s, fit.predict(alone) - fit.std(alone))
-    if best_s <= target_s or math.isinf(best_s):
+        if best_s <= target_s:
+            return None
+    if math.isinf(best_s):
         return None
     why = f"request {request.id}: the fastest worker takes {best_s * 1e3:.1f} ms per token when it is idle"
     why += f", its TPOT target is {target_s * 1e3:.1f} ms"
@@ -176,16 +178,16 @@ def hopeless(book: Book, request: NewRequest, now: float) -> Overloaded | None:
         due = request.arrived + request.ttft_target_s
         if _keeps_targets(book, Admission.TTFT, Admission.TARGETS) and due - now < limit_s:
             limit_s, what, deviations = due - now, Overload.TTFT_TARGET, _TARGET_DEVIATIONS
-    readers = book.router.readers(book.fleet, request.model)
-    soonest = soonest_s(readers, len(request.tokens), Goal(due=due), deviations=deviations)
-    if soonest == 0:
-        return None  # too little is known
-    queue_s = book.queue_wait_s(request.model, request.priority)
-    soonest += queue_s if deviations > 0 else queue_s / 2
-    if what is Overload.TTFT_TARGET:
-        soonest *= book.margins_of(request.model).ttft
-    if soonest <= limit_s:
-        return None
+    queue_s = book.queue_wait_s(request.model, request.priority) * (1.0 if deviations > 0 else 0.5)
+    margin = book.margins_of(request.model).ttft if what is Overload.TTFT_TARGET else 1.0
+    enough_s = limit_s / margin - queue_s
+    tokens, goal = len(request.tokens), Goal(due=due)
+    for count in (1, SAMPLE):  # nearly always the least busy one is soon enough
+        readers = book.router.readers(book.fleet, request.model, count)
+        soonest = soonest_s(readers, tokens, goal, deviations=deviations, enough_s=enough_s)
+        if soonest <= enough_s or soonest == 0:  # in time, or too little is known
+            return None
+    soonest = (soonest + queue_s) * margin
     reason = f"request {request.id}: its first token would take {soonest:.2f} s"
     limit = "TTFT target" if what is Overload.TTFT_TARGET else "deadline"
     reason += f", its {limit} is in {limit_s:.2f} s"

@@ -138,7 +138,7 @@ class Flight:
         target = request.ttft_target_s
         return RequestSpec(
             attempt=self.record.attempt_id,
-            tokens=request.tokens + self.output,
+            tokens=request.tokens + self.output if self.output else request.tokens,
             num_prompt_tokens=len(request.tokens),
             sampling=sampling,
             eos_token_ids=request.eos_token_ids,
@@ -217,7 +217,7 @@ class Flight:
             cached_tokens=0 if attempt is None else attempt.cached_tokens,
             prefill_worker="" if attempt is None else attempt.prefill or attempt.read_by or "",
             decode_worker="" if attempt is None else attempt.decode,
-            placement="" if attempt is None else str(attempt.placement),
+            placed=None if attempt is None else attempt.placement,
         )
 
     def _tpot_s(self) -> float | None:

@@ -221,14 +221,25 @@ class LatencyModel:
         """Until all of `work` has been read."""
         return self.prefill.predict(work.features)
 
-    def beside_s(self, work: Work, seqs: int, context_tokens: float) -> tuple[float, float]:
-        """(Seconds, standard deviation) until all of `work` has been read in steps of this batch."""
-        steps = math.ceil(work.tokens / max(self.chunk_tokens, 1.0))
+    def beside_s(self, work: Work, seqs: int, context_tokens: float) -> float:
+        """Until all of `work` has been read in steps of this batch."""
         if self.mixed.count < _MIXED_KNOWN:
-            alone_s = self.prefill.predict(work.features) + steps * self.step_s(seqs, context_tokens)
-            return alone_s, self.prefill.std(work.features)
-        features = (steps, work.tokens, work.pairs, steps * seqs, steps * context_tokens)
-        return self.mixed.predict(features), self.mixed.std(features)
+            alone_s = self.prefill.predict(work.features)
+            return alone_s + self._chunks(work) * self.step_s(seqs, context_tokens)
+        return self.mixed.predict(self._mixed(work, seqs, context_tokens))
+
+    def beside_std_s(self, work: Work, seqs: int, context_tokens: float) -> float:
+        """Standard deviation of an observation about `beside_s`."""
+        if self.mixed.count < _MIXED_KNOWN:
+            return self.prefill.std(work.features)
+        return self.mixed.std(self._mixed(work, seqs, context_tokens))
+
+    def _chunks(self, work: Work) -> int:
+        return math.ceil(work.tokens / max(self.chunk_tokens, 1.0))
+
+    def _mixed(self, work: Work, seqs: int, context_tokens: float) -> tuple[float, ...]:
+        steps = self._chunks(work)
+        return (steps, work.tokens, work.pairs, steps * seqs, steps * context_tokens)
 
     def step_s(self, seqs: int, context_tokens: float) -> float:
         return self.decode.predict((1, seqs, context_tokens))

@@ -60,8 +60,9 @@ class LinearFit:
 
     def predict(self, x: Sequence[float]) -> float:
         known = self._solved() if self._stale else self._coefficients
-        if len(x) == len(known) == 3:  # asked for dozens of times for one decision
-            return known[0] * x[0] + known[1] * x[1] + known[2] * x[2]
+        if len(known) == 3:  # asked for dozens of times for one decision
+            (a, b, c), (u, v, w) = known, x
+            return a * u + b * v + c * w
         return _dot(known, x)
 
     def _solved(self) -> tuple[float, ...]:
@@ -70,11 +71,17 @@ class LinearFit:
 
     def std(self, x: Sequence[float]) -> float:
         """Standard deviation of an observation about `predict(x)`: scatter so far, and what is unknown."""
-        scaled = [p * v for p, v in zip(self._prior, x, strict=True)]
         if self._inverse is None:
             self._inverse = _inverse(self._normal())
-        unknown = _dot(scaled, [_dot(row, scaled) for row in self._inverse]) * _NOISE**2
-        return math.sqrt(self._variance * self.predict(x) ** 2 + unknown)
+        if len(x) == 3:
+            (p, q, r), (u, v, w) = self._prior, x
+            u, v, w = p * u, q * v, r * w
+            (a, b, c), (_, d, e), (_, _, f) = self._inverse
+            unknown = a * u * u + d * v * v + f * w * w + 2 * (b * u * v + c * u * w + e * v * w)
+        else:
+            scaled = [p * v for p, v in zip(self._prior, x, strict=True)]
+            unknown = _dot(scaled, [_dot(row, scaled) for row in self._inverse])
+        return math.sqrt(self._variance * self.predict(x) ** 2 + unknown * _NOISE**2)
 
     def learn(self, x: Sequence[float], y: float) -> None:
         """One observation of `y` > 0 seconds; others are ignored."""
@@ -94,11 +101,10 @@ class LinearFit:
         self.error += track * (abs(miss) - self.error)
         self._variance += track * (min(miss * miss, 1.0) - self._variance)
         z = [p * v / y for p, v in zip(self._prior, x, strict=True)]
-        for i, zi in enumerate(z):
-            row = self._s[i]
-            self._t[i] = FORGETTING * self._t[i] + weight * zi
-            for j, zj in enumerate(z):
-                row[j] = FORGETTING * row[j] + weight * zi * zj
+        self._t = [FORGETTING * total + weight * zi for total, zi in zip(self._t, z, strict=True)]
+        for row, zi in zip(self._s, z, strict=True):
+            share = weight * zi
+            row[:] = [FORGETTING * total + share * zj for total, zj in zip(row, z, strict=True)]
         self.count += 1
         self._stale, self._inverse = True, None
 
@@ -108,17 +114,21 @@ class LinearFit:
             self._coefficients = self._prior = tuple(p * y / predicted for p in self._prior)
 
     def _normal(self) -> list[list[float]]:
-        return [
-            [value + _RIDGE if i == j else value for j, value in enumerate(row)]
-            for i, row in enumerate(self._s)
-        ]
+        matrix = [row.copy() for row in self._s]
+        for i, row in enumerate(matrix):
+            row[i] += _RIDGE
+        return matrix
 
     def _solve(self) -> tuple[float, ...]:
         matrix, right = self._normal(), [value + _RIDGE for value in self._t]
-        self._inverse = _inverse(matrix)
-        found = [_dot(row, right) for row in self._inverse]
+        if len(right) == 3:
+            self._inverse = _inverse(matrix)
+            u, v, r = right
+            found = [a * u + b * v + c * r for a, b, c in self._inverse]
+        else:
+            found = _solve(matrix, right)
         if min(found) >= 0:
-            return tuple(w * p for w, p in zip(found, self._prior, strict=True))
+            return tuple([ratio * p for ratio, p in zip(found, self._prior, strict=True)])
         kept = list(range(len(right)))
         while kept:
             w = _solve([[matrix[i][j] for j in kept] for i in kept], [right[i] for i in kept])
@@ -161,13 +171,16 @@ def _solve(matrix: list[list[float]], right: Sequence[float]) -> list[float]:
     """Gauss without pivoting: the matrix is symmetric and positive definite."""
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
     size = len(rows)
-    for i in range(size):
+    for i, pivot in enumerate(rows):
         for j in range(i + 1, size):
-            factor = rows[j][i] / rows[i][i]
-            for k in range(i, size + 1):
-                rows[j][k] -= factor * rows[i][k]
+            factor = rows[j][i] / pivot[i]
+            # What is left of the diagonal is not looked at again.
+            rows[j] = [value - factor * other for value, other in zip(rows[j], pivot, strict=True)]
     found = [0.0] * size
     for i in reversed(range(size)):
-        rest = sum(rows[i][k] * found[k] for k in range(i + 1, size))
-        found[i] = (rows[i][size] - rest) / rows[i][i]
+        row = rows[i]
+        rest = row[size]
+        for k in range(i + 1, size):
+            rest -= row[k] * found[k]
+        found[i] = rest / row[i]
     return found

@@ -44,7 +44,8 @@ def place_waiting(book: Book, now: float) -> list[Action]:
     book.fleet.pairs.at(now)
     actions: list[Action] = []
     for queue in list(book.waiting.values()):
-        actions += _place(book, queue, now)
+        if queue:
+            actions += _place(book, queue, now)
     return actions
 
 

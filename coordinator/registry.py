@@ -156,10 +156,11 @@ class Registry:
     def handle(self, event: Event, now: float) -> list[Action]:
         """What is to be done about `event`. `now` is monotonic, in seconds."""
         actions = self._handle(event, now)
-        worker = _worker_of(event)
+        worker = event.worker if isinstance(event, FromWorker) else _worker_of(event)
         if worker is not None:
             self._book.note_draining(worker)
-        actions += moving.move_away(self._book, now)
+        if self._book.draining:
+            actions += moving.move_away(self._book, now)
         # Any event may have made room, or a request wait.
         return actions + placing.place_waiting(self._book, now)
 
@@ -272,13 +273,18 @@ class Registry:
         return actions
 
     def _prefix_events(self, message: PrefixEvents) -> list[Action]:
-        known = self._book.prefixes.heard(
-            message.worker,
-            message.sequence,
-            keys_of(message.stored),
-            keys_of(message.evicted),
-            snapshot=message.snapshot,
-        )
+        book, known = self._book, True
+        for index, stored, evicted in (
+            (book.prefixes, message.stored, message.evicted),
+            (book.tiers, message.tier_stored, message.tier_evicted),
+        ):
+            known &= index.heard(
+                message.worker,
+                message.sequence,
+                keys_of(stored),
+                keys_of(evicted),
+                snapshot=message.snapshot,
+            )
         if known:
             return []
         return [Send(worker=message.worker, message=SendPrefixes(after=message.sequence))]
@@ -387,6 +393,7 @@ class Registry:
             return []
         state.up = False
         self._book.prefixes.forget(worker)
+        self._book.tiers.forget(worker)
         if not self.fleet.of(state.model, Role.DECODE):
             self._book.no_decode_since.setdefault(state.model, now)
         actions: list[Action] = []
@@ -451,8 +458,7 @@ def _worker_of(event: Event) -> WorkerId | None:
         case WorkerJoined(info=info):
             return info.worker
         case (
-            FromWorker(worker=worker)
-            | DrainWorker(worker=worker)
+            DrainWorker(worker=worker)
             | UndrainWorker(worker=worker)
             | ChangeWorkerRole(worker=worker)
             | WorkerGone(worker=worker)

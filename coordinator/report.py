@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.account import Leg
+from coordinator.decisions import Placement
 from pdserve.core.ids import RequestId
 from pdserve.core.lifecycle import Phase
 
@@ -50,7 +51,7 @@ class Report:
     ttft_missed_in: str = ""
     tpot_missed_in: str = ""
     """What took longest of the time that a missed target is about (see `breakdown`)."""
-    placement: str = ""
+    placed: Placement | None = None
     """Why these workers: candidates and scores of the last placement."""
     phase: Phase = Phase.FINISHED
     """How it ended."""

@@ -86,7 +86,7 @@ def as_fields(report: Report, outcome: FinishReason | PdServeError, charged: Bil
         "wasted_device_ms": _ms(charged.wasted_device_s) or None,
         "kv_gib_s": round(charged.kv_byte_s / 2**30, 6),
         "cost": round(charged.money, 9) or None,
-        "placement": report.placement or None,
+        "placement": None if report.placed is None else str(report.placed),
     }
     return {name: value for name, value in fields.items() if value is not None}
 

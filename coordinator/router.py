@@ -140,22 +140,22 @@ class Router:
             return None
         return Forecast(route.ttft_s, route.tpot_s, route.ttft_std_s, route.tpot_std_s)
 
-    def readers(self, fleet: Fleet, model: str) -> list[WorkerState]:
+    def readers(self, fleet: Fleet, model: str, count: int = SAMPLE) -> list[WorkerState]:
         """Who may read a prompt: prefill workers, and decode workers that do, or where there are no others.
 
-        Up to `SAMPLE` of each where there are many, the least busy. Decode workers that answer with targets
+        Up to `count` of each where there are many, the least busy. Decode workers that answer with targets
         are left out, as what they promised comes first; so are those of which too little is known, where
         there are others.
         """
         prefills, decodes = fleet.pool(model, Role.PREFILL), fleet.pool(model, Role.DECODE)
         found: list[WorkerState] = []
         if self.local_prefill is not LocalPrefill.ALWAYS:
-            found = prefills.least(SAMPLE, lambda w: w.takes_prompts())
+            found = prefills.least(count, _reads)
         if not found:
-            return decodes.least(SAMPLE, lambda w: w.takes_prompts())
+            return decodes.least(count, _reads)
         if self.local_prefill is LocalPrefill.AUTO:
             found += decodes.least(
-                SAMPLE,
+                count,
                 lambda w: not w.has_tpot_targets and w.takes_decode() and w.latency.prefill.count >= EVIDENCE,
                 thorough=False,
             )
@@ -169,9 +169,10 @@ class Router:
 
         def scored(worker: WorkerState) -> Candidate:
             cached = ask.cached.get(worker.id, 0)
-            load, violation = worker.decode_load(ask.tokens), 0.0
             if policy.by_goal:
                 violation, load = decode_score(worker, ask.tokens, ask.goal, reads=reads, cached=cached)
+            else:
+                violation, load = 0.0, worker.decode_load(ask.tokens)
             return Candidate(worker.id, VIOLATION_WEIGHT * violation + load, violation, load, cached)
 
         followed = self._followed(
@@ -202,10 +203,12 @@ class Router:
 
         def scored(worker: WorkerState) -> Candidate:
             cached = ask.cached.get(worker.id, 0)
-            left = max(ask.tokens - cached, 0) if policy.by_prefix or worker.id == prefix_at else ask.tokens
-            load, violation = worker.prefill_wait_s(left), 0.0
             if policy.by_goal:
                 violation, load = prefill_score(worker, ask.tokens, ask.goal, cached)
+            else:
+                known = policy.by_prefix or worker.id == prefix_at
+                left = max(ask.tokens - cached, 0) if known else ask.tokens
+                violation, load = 0.0, worker.prefill_wait_s(left)
             score = VIOLATION_WEIGHT * violation + load
             if not (policy.by_goal or policy.by_prefix):
                 return Candidate(worker.id, score, violation, load, cached)
@@ -338,6 +341,10 @@ class Router:
         return Placement(
             Choice(keeper.id, (candidate,), why), None, (route, *others), tuple(ask.rejected), why
         )
+
+
+def _reads(worker: WorkerState) -> bool:
+    return worker.takes_prompts()
 
 
 def _by_load(worker: WorkerState, load: float) -> Candidate:

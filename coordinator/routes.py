@@ -21,7 +21,16 @@ from coordinator.fleet import WorkerState
 from coordinator.latency import Work
 from coordinator.linear_fit import LinearFit
 from coordinator.links import Links
-from coordinator.sla import VIOLATION_WEIGHT, Goal, late, reading, step_s, steps_between_s, work_until
+from coordinator.sla import (
+    VIOLATION_WEIGHT,
+    Goal,
+    late,
+    reading_s,
+    reading_std_s,
+    step_s,
+    steps_between_s,
+    work_until,
+)
 from pdserve.core.ids import WorkerId
 
 WINDOW_TOKENS: Final = 32
@@ -61,7 +70,7 @@ def remote_route(
     """cached: of the prompt at the prefill worker. What the decode worker has is not moved."""
     fit = prefill.latency.prefill
     work = work_until(prefill, tokens, goal, cached)
-    ttft_s, ttft_std_s = reading(prefill, work)
+    ttft_s, ttft_std_s = reading_s(prefill, work), reading_std_s(prefill, work)
     size_bytes = max(tokens - cached_at_decode, 0) * decode.kv_token_bytes
     alone_s = fit.predict(Work.of(min(cached, tokens - 1), tokens, ends=True).features)
     return _route(
@@ -89,7 +98,7 @@ def local_route(
     work = work_until(decode, tokens, goal, cached)
     alone_s = scale * fit.predict(prompt.features)
     if fit is decode.latency.prefill and scale == 1.0:
-        ttft_s, ttft_std_s = reading(decode, work)
+        ttft_s, ttft_std_s = reading_s(decode, work), reading_std_s(decode, work)
     else:
         ttft_s = scale * fit.predict(work.features) + steps_between_s(decode, work.tokens)
         ttft_std_s = scale * fit.std(work.features)

@@ -17,7 +17,6 @@ from typing import Final
 
 from coordinator.fleet import WorkerState
 from coordinator.latency import Work
-from pdserve.core.messages import Role
 
 VIOLATION_WEIGHT: Final = 1e3
 EVIDENCE: Final = 10
@@ -51,7 +50,7 @@ class Forecast:
 
 def prefill_score(worker: WorkerState, tokens: int, goal: Goal, cached: int = 0) -> tuple[float, float]:
     """Violation, and load: seconds until it has read the prompt, `cached` tokens of which it has."""
-    wait_s = read_s(worker, tokens, goal, cached)
+    wait_s = reading_s(worker, work_until(worker, tokens, goal, cached))
     return late(wait_s, goal.ttft_s), wait_s
 
 
@@ -75,25 +74,28 @@ def step_s(worker: WorkerState, tokens: int) -> float:
     return worker.latency.step_s(*worker.batch_with(tokens)) + worker.latency.reading_adds_s
 
 
-def read_s(worker: WorkerState, tokens: int, goal: Goal, cached: int = 0) -> float:
-    """Until it has read what is due no later and then this prompt."""
-    return reading(worker, work_until(worker, tokens, goal, cached))[0]
-
-
-def reading(worker: WorkerState, work: Work) -> tuple[float, float]:
-    """(Seconds, standard deviation) until it has read `work`, with the answers that it writes meanwhile."""
+def reading_s(worker: WorkerState, work: Work) -> float:
+    """Until it has read `work`, with the answers that it writes meanwhile, those it keeps of its own prompts
+    included."""
     latency = worker.latency
-    if worker.info.role is Role.DECODE and worker.num_decoding:
-        seconds, std = latency.beside_s(work, *worker.decoding)
-        # One step is under way, half of it done.
-        return seconds + latency.step_s(*worker.decoding) / 2, std
-    features = work.features
-    return latency.prefill.predict(features), latency.prefill.std(features)
+    if not worker.num_decoding:
+        return latency.prefill.predict(work.features)
+    batch = worker.decoding
+    # One step is under way, half of it done.
+    return latency.beside_s(work, *batch) + latency.step_s(*batch) / 2
+
+
+def reading_std_s(worker: WorkerState, work: Work) -> float:
+    """Standard deviation of an observation about `reading_s`."""
+    latency = worker.latency
+    if not worker.num_decoding:
+        return latency.prefill.std(work.features)
+    return latency.beside_std_s(work, *worker.decoding)
 
 
 def steps_between_s(worker: WorkerState, tokens: int) -> float:
     """What the answers that a decode worker writes take of the time in which it reads `tokens`."""
-    if worker.info.role is not Role.DECODE or not worker.num_decoding:
+    if not worker.num_decoding:
         return 0.0
     steps = math.ceil(tokens / max(worker.latency.chunk_tokens, 1.0))
     return (0.5 + steps) * worker.latency.step_s(*worker.decoding)
@@ -101,19 +103,29 @@ def steps_between_s(worker: WorkerState, tokens: int) -> float:
 
 def work_until(worker: WorkerState, tokens: int, goal: Goal, cached: int = 0) -> Work:
     """What it has to read until it has read this prompt."""
-    return worker.work_due(goal.due) + Work.of(min(cached, tokens - 1), tokens, ends=True)
+    ahead, start = worker.work_due(goal.due), min(cached, tokens - 1)
+    pairs = ahead.pairs + (tokens * tokens - start * start) / 2
+    return Work(ahead.prompts + 1, ahead.tokens + tokens - start, pairs)
 
 
-def soonest_s(readers: Sequence[WorkerState], tokens: int, goal: Goal, *, deviations: float) -> float:
+def soonest_s(
+    readers: Sequence[WorkerState], tokens: int, goal: Goal, *, deviations: float, enough_s: float = 0.0
+) -> float:
     """When the first of them will have read the prompt, each prediction taken this many of its standard
-    deviations above its mean. 0 while too little is known of one of them.
+    deviations above its mean. 0 while too little is known of one of them. One that will have read it within
+    `enough_s` ends the search.
     """
     soonest = math.inf
     for worker in readers:
         if worker.latency.prefill.count < EVIDENCE:
             return 0.0
-        wait_s, std = reading(worker, work_until(worker, tokens, goal))
-        soonest = min(soonest, wait_s + deviations * std)
+        work = work_until(worker, tokens, goal)
+        wait_s = reading_s(worker, work)
+        if deviations:
+            wait_s += deviations * reading_std_s(worker, work)
+        soonest = min(soonest, wait_s)
+        if soonest <= enough_s:
+            break
     return max(soonest, 0.0) if readers else 0.0
 
 

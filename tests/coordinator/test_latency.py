@@ -185,6 +185,7 @@ def test_steps_that_read_and_write_are_learned_as_one_and_counted_by_their_chunk
         model.prompt_sent(attempt(1000 + index), 1, now)  # so that the last step is closed
         model.prompt_dropped(attempt(1000 + index))
     assert model.chunk_tokens == pytest.approx(200, rel=0.1)
-    seconds, std = model.beside_s(Work.of(0, 3000, ends=True), 20, 20_000)
+    work = Work.of(0, 3000, ends=True)
+    seconds, std = model.beside_s(work, 20, 20_000), model.beside_std_s(work, 20, 20_000)
     assert seconds == pytest.approx(15 * 0.014, rel=0.1)
     assert 0 < std < seconds
