@@ -24,6 +24,7 @@ from pdserve.cli.doctor import doctor
 from pdserve.cli.drain import drain, undrain
 from pdserve.cli.explain import explain
 from pdserve.cli.generate import generate
+from pdserve.cli.health import health
 from pdserve.cli.keys import keys_app
 from pdserve.cli.logs import logs
 from pdserve.cli.models import models_app
@@ -55,6 +56,7 @@ app.command()(generate)
 app.command()(demo)
 app.command()(doctor)
 app.command()(drain)
+app.command()(health)
 app.command()(undrain)
 app.command()(explain)
 app.command()(logs)

@@ -200,6 +200,9 @@ def _linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1,) if high / low > 1000 else (1, 2, 5)
+    spread = high / low
+    factors = (
+        (1.0,) if spread > 1000 else (1.0, 2.0, 5.0) if spread > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    )
     ticks = [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
     return ticks if len(ticks) > 1 else [low, math.sqrt(low * high), high]
