@@ -79,7 +79,7 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 	@touch $@
 
 $(STAMPS)/run: $(STAMPS)/torch pyproject.toml
-	@tools/with-progress "installing pdserve and what it needs" $(PIP) install -e . -c constraints.txt
+	@tools/with-progress "installing pdserve and what it needs" $(PIP) install -e ".[bench]" -c constraints.txt
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/run
