@@ -110,15 +110,17 @@ inline void pack_values(const bf16* const* rows, long head_dim, uint32_t* panels
     }
 }
 
-// Scores of some rows against one panel of keys to bfloat16 weights, by the online softmax: running maximum and
-// sum per row; `factors` is what a row's sums so far are scaled with. A row sees keys [low, high) of the panel,
-// maybe none. Only row by row, in a fixed order within a row: who else is here changes no bit.
+// Scores of some rows against one panel of keys to bfloat16 weights, by the online softmax: running maximum per row,
+// and running sums, one for each lane of a vector; `factors` is what a row's sums so far are scaled with. A row sees
+// keys [low, high) of the panel, maybe none. Only row by row, in a fixed order within a row: who else is here
+// changes no bit.
 struct Rows {
     int count;
     int low[TILE_ROWS], high[TILE_ROWS];
     float factors[16];
 };
 
+// most: of the scores times `scale`. total: [rows][W].
 inline void weigh(Rows& rows, float* scores, float scale, float* most, float* total, bf16* weights) {
     constexpr int VECTORS = PANEL / W;
     alignas(64) float now[16], before[16];
@@ -127,28 +129,43 @@ inline void weigh(Rows& rows, float* scores, float scale, float* most, float* to
         bool all = rows.low[r] <= 0 && rows.high[r] >= PANEL;
         vf highest = splat(-INFINITY);
         for (int v = 0; v < VECTORS; v++) {
-            vf s = mul(load(row + v * W), splat(scale));
-            if (!all) s = within(s, rows.low[r] - v * W, rows.high[r] - v * W);
-            store(row + v * W, s);
+            vf s = load(row + v * W);
+            if (!all) store(row + v * W, s = within(s, rows.low[r] - v * W, rows.high[r] - v * W));
             highest = max(s, highest);
         }
-        float found = std::fmax(most[r], max_of(highest));
+        float found = max_of(highest) * scale;
         before[r] = most[r];
-        most[r] = found;
-        now[r] = found == -INFINITY ? 0.0f : found;  // nothing seen yet: weights of zero, and no NaN
+        if (found > most[r]) most[r] = found;
+        now[r] = most[r] == -INFINITY ? 0.0f : most[r];  // nothing seen yet: weights of zero, and no NaN
     }
     for (int r = rows.count; r < 16; r++) now[r] = before[r] = 0.0f;
     for (int i = 0; i < 16; i += W) store(rows.factors + i, exp2(sub(load(before + i), load(now + i))));
     for (int r = 0; r < rows.count; r++) {
-        vf sums = zero(), highest = splat(now[r]);
+        vf sums = zero(), down = splat(-now[r]);
         for (int v = 0; v < VECTORS; v++) {
-            vf p = exp2(sub(load(scores + r * PANEL + v * W), highest));
+            vf p = exp2_rough(fma(load(scores + r * PANEL + v * W), splat(scale), down));
             sums = add(sums, p);
             store_bf16(weights + r * PANEL + v * W, p);
         }
-        total[r] = total[r] * rows.factors[r] + sum(sums);
+        store(total + r * W, fma(load(total + r * W), splat(rows.factors[r]), sums));
     }
 }
+
+// What one task keeps while it goes over the panels.
+struct Running {
+    long rows, columns;  // columns: panels of head_dim
+    float *sums;         // [columns][rows][64]
+    float *total;        // [rows][W]
+    float *most;         // [rows]
+    float *scores;       // [TILE_ROWS][64], of one tile
+    bf16 *queries;       // [rows][head_dim]
+    bf16 *weights;       // [TILE_ROWS][64], of one tile
+    bf16 *zeros;         // [head_dim]
+    uint32_t *keys, *values;  // packed, of up to `GROUP` panels
+};
+
+constexpr long GROUP = 8;        // panels that are packed together where there are many rows
+constexpr long BLOCK_ROWS = 24;  // that go over a group together: with a panel they fit into the first-level cache
 
 struct Attention {
     PoolShape pool;
@@ -160,6 +177,8 @@ struct Attention {
     long out_stride;
 
     long per_kv() const { return heads / pool.kv_heads; }
+    long key_words() const { return pool.head_dim / 2 * PANEL; }
+    long value_words() const { return (pool.head_dim + PANEL - 1) / PANEL * (PANEL / 2) * PANEL; }
 
     // The first position of a panel that the task sees.
     long first_panel(const Task& task) const {
@@ -169,6 +188,10 @@ struct Attention {
 
     // One tile of the loop; `next` (or null) and its head are who will probably be computed after it.
     void attend(const Task& task, long kv_head, const Task* next, long next_head) const;
+
+    Running begin(const Task& task, long kv_head) const;
+    void add_panel(const Task& task, Running& run, long row, long panel, long at) const;
+    void finish(const Task& task, long kv_head, const Running& run) const;
 
     // Where a panel's keys and values lie; `zeros` behind the end of the sequence.
     struct Found {
@@ -181,73 +204,96 @@ struct Attention {
     }
 };
 
+inline Running Attention::begin(const Task& task, long kv_head) const {
+    const Slice& slice = slices[task.slice];
+    const long dim = pool.head_dim, group = per_kv();
+    Running run;
+    run.rows = (task.end - task.begin) * group;
+    run.columns = (dim + PANEL - 1) / PANEL;
+    run.sums = scratch(size_t(run.rows * (run.columns * PANEL + W + 1)), 0);
+    run.total = run.sums + run.rows * run.columns * PANEL;
+    run.most = run.total + run.rows * W;
+    run.scores = scratch(size_t(TILE_ROWS * PANEL), 1);
+    run.keys = (uint32_t*)scratch(size_t((key_words() + value_words()) * (run.rows > BLOCK_ROWS ? GROUP : 1)), 2);
+    run.values = run.keys + key_words() * (run.rows > BLOCK_ROWS ? GROUP : 1);
+    run.queries = (bf16*)scratch(size_t(run.rows * dim / 2 + dim / 2 + TILE_ROWS * PANEL / 2), 3);
+    run.zeros = run.queries + run.rows * dim;
+    run.weights = run.zeros + dim;
+    std::memset(run.sums, 0, sizeof(float) * run.rows * (run.columns * PANEL + W));
+    std::memset(run.zeros, 0, sizeof(bf16) * dim);
+    for (long r = 0; r < run.rows; r++) {
+        run.most[r] = -INFINITY;
+        long t = slice.offset + task.begin + r / group;
+        std::memcpy(run.queries + r * dim, q + (t * heads + kv_head * group + r % group) * dim, sizeof(bf16) * dim);
+    }
+    return run;
+}
+
+// One tile of rows from `row` over the panel at position `panel`, packed as number `at` of its group.
+inline void Attention::add_panel(const Task& task, Running& run, long row, long panel, long at) const {
+    const Slice& slice = slices[task.slice];
+    const long dim = pool.head_dim, group = per_kv(), first_query = slice.start + task.begin;
+    Rows tile;
+    tile.count = int(std::min<long>(TILE_ROWS, run.rows - row));
+    for (int r = 0; r < tile.count; r++) {
+        long query = first_query + (row + r) / group - panel;  // its position in this panel
+        tile.low[r] = window ? int(std::min<long>(PANEL, std::max<long>(0, query - window + 1))) : 0;
+        tile.high[r] = int(std::max<long>(0, std::min<long>(PANEL, query + 1)));
+    }
+    tile_of<0>(tile.count)(run.queries + row * dim, dim, run.keys + at * key_words(), dim / 2, run.scores, true, nullptr);
+    weigh(tile, run.scores, LOG2_E / std::sqrt(float(dim)), run.most + row, run.total + row * W, run.weights);
+    const long pairs = (tile.high[tile.count - 1] + 1) / 2;  // what no row sees adds nothing
+    for (long c = 0; c < run.columns; c++) {
+        float* part = run.sums + (c * run.rows + row) * PANEL;
+        for (int r = 0; r < tile.count; r++) {
+            if (tile.factors[r] == 1.0f) continue;
+            vf factor = splat(tile.factors[r]);
+            for (int j = 0; j < PANEL; j += W) store(part + r * PANEL + j, mul(load(part + r * PANEL + j), factor));
+        }
+        const uint32_t* values = run.values + at * value_words() + c * (PANEL / 2) * PANEL;
+        tile_of<0>(tile.count)(run.weights, PANEL, values, pairs, part, false, nullptr);
+    }
+}
+
+inline void Attention::finish(const Task& task, long kv_head, const Running& run) const {
+    const long dim = pool.head_dim, group = per_kv();
+    for (long r = 0; r < run.rows; r++) {
+        long t = slices[task.slice].offset + task.begin + r / group;
+        bf16* to = out + t * out_stride + (kv_head * group + r % group) * dim;
+        vf factor = splat(1.0f / sum(load(run.total + r * W)));
+        for (long j = 0; j < dim; j += W)
+            store_bf16(to + j, mul(load(run.sums + (j / PANEL * run.rows + r) * PANEL + j % PANEL), factor));
+    }
+}
+
 inline void Attention::attend(const Task& task, long kv_head, const Task* next, long next_head) const {
     const Slice& slice = slices[task.slice];
-    const long dim = pool.head_dim, group = per_kv(), rows = (task.end - task.begin) * group;
-    const long columns = (dim + PANEL - 1) / PANEL;
-    const float scale = LOG2_E / std::sqrt(float(dim));
-    const long first_query = slice.start + task.begin, last_query = slice.start + task.end - 1;
-    const long end = slice.start + slice.length;  // of what is written
-
-    float* sums = scratch(size_t(rows * columns * PANEL + 2 * rows), 0);  // [columns][rows][64]
-    float *most = sums + rows * columns * PANEL, *total = most + rows;
-    float* scores = scratch(size_t(TILE_ROWS * PANEL), 1);
-    uint32_t* keys = (uint32_t*)scratch(size_t(dim / 2 * PANEL + columns * PANEL / 2 * PANEL), 2);
-    uint32_t* values = keys + dim / 2 * PANEL;
-    bf16* queries = (bf16*)scratch(size_t(rows * dim / 2 + dim / 2 + TILE_ROWS * PANEL / 2), 3);
-    bf16* zeros = queries + rows * dim;
-    bf16* weights = zeros + dim;
-    std::memset(sums, 0, sizeof(float) * rows * columns * PANEL);
-    std::memset(zeros, 0, sizeof(bf16) * dim);
-    for (long r = 0; r < rows; r++) {
-        most[r] = -INFINITY;
-        total[r] = 0.0f;
-        long t = slice.offset + task.begin + r / group;
-        std::memcpy(queries + r * dim, q + (t * heads + kv_head * group + r % group) * dim, sizeof(bf16) * dim);
-    }
+    const long group = per_kv(), first_query = slice.start + task.begin, last_query = slice.start + task.end - 1;
+    Running run = begin(task, kv_head);
     Found both[2];
     Found *now = &both[0], *later = &both[1];
-    find(slice, first_panel(task), kv_head, zeros, *now);
-    for (long panel = first_panel(task); panel <= last_query; panel += PANEL) {
-        if (panel + PANEL <= last_query) find(slice, panel + PANEL, kv_head, zeros, *later);
-        else if (next) find(slices[next->slice], first_panel(*next), next_head, zeros, *later);
-        else *later = *now;
-        const long pairs = (std::min<long>(PANEL, end - panel) + 1) / 2;
-        pack_keys(now->keys, dim, keys, later->keys);
-        bool packed = false;  // the values: only once the first scores have had their time
-        Rows tile;
-        for (long row = 0; row < rows; row += TILE_ROWS) {
-            tile.count = int(std::min<long>(TILE_ROWS, rows - row));
-            if (first_query + (row + tile.count - 1) / group < panel) continue;  // all of them end before it
-            for (int r = 0; r < tile.count; r++) {
-                long query = first_query + (row + r) / group - panel;  // its position in this panel
-                tile.low[r] = window ? int(std::min<long>(PANEL, std::max<long>(0, query - window + 1))) : 0;
-                tile.high[r] = int(std::max<long>(0, std::min<long>(PANEL, query + 1)));
-            }
-            tile_of<0>(tile.count)(queries + row * dim, dim, keys, dim / 2, scores, true, nullptr);
-            weigh(tile, scores, scale, most + row, total + row, weights);
-            if (!packed) pack_values(now->values, dim, values, later->values);
-            packed = true;
-            for (long c = 0; c < columns; c++) {
-                float* part = sums + (c * rows + row) * PANEL;
-                for (int r = 0; r < tile.count; r++) {
-                    if (tile.factors[r] == 1.0f) continue;
-                    vf factor = splat(tile.factors[r]);
-                    for (int j = 0; j < PANEL; j += W)
-                        store(part + r * PANEL + j, mul(load(part + r * PANEL + j), factor));
-                }
-                tile_of<0>(tile.count)(weights, PANEL, values + c * (PANEL / 2) * PANEL, pairs, part, false, nullptr);
-            }
+    find(slice, first_panel(task), kv_head, run.zeros, *now);
+    const long together = run.rows > BLOCK_ROWS ? GROUP : 1;
+    for (long first = first_panel(task); first <= last_query; first += together * PANEL) {
+        const long count = std::min(together, (last_query - first) / PANEL + 1);
+        for (long at = 0; at < count; at++) {
+            long after = first + (at + 1) * PANEL;
+            if (after <= last_query) find(slice, after, kv_head, run.zeros, *later);
+            else if (next) find(slices[next->slice], first_panel(*next), next_head, run.zeros, *later);
+            else *later = *now;
+            pack_keys(now->keys, pool.head_dim, run.keys + at * key_words(), later->keys);
+            pack_values(now->values, pool.head_dim, run.values + at * value_words(), later->values);
+            std::swap(now, later);
         }
-        std::swap(now, later);
+        for (long block = 0; block < run.rows; block += BLOCK_ROWS)
+            for (long at = 0; at < count; at++)
+                for (long row = block; row < std::min(run.rows, block + BLOCK_ROWS); row += TILE_ROWS) {
+                    long last_row = std::min(row + TILE_ROWS, run.rows) - 1, panel = first + at * PANEL;
+                    if (first_query + last_row / group < panel) continue;  // all of them end before it
+                    add_panel(task, run, row, panel, at);
+                }
     }
-    for (long r = 0; r < rows; r++) {
-        long t = slice.offset + task.begin + r / group;
-        bf16* to = out + t * out_stride + (kv_head * group + r % group) * dim;
-        vf factor = splat(1.0f / total[r]);
-        for (long j = 0; j < dim; j += W)
-            store_bf16(to + j, mul(load(sums + (j / PANEL * rows + r) * PANEL + j % PANEL), factor));
-    }
+    finish(task, kv_head, run);
 }
 
 }  // namespace pdcpu

@@ -61,6 +61,12 @@ inline vf within(vf a, int low, int high) {
 }
 // a * 2 ** n for whole n
 inline vf scale_by(vf a, vf n) { return _mm512_scalef_ps(a, n); }
+// The same where x >= limit or x is NaN, else 0; n are the low bits of `magic`, and nothing overflows.
+inline vf scale_where_ge(vf x, vf limit, vf a, vf magic) {
+    vi n = _mm512_slli_epi32(_mm512_castps_si512(magic), 23);
+    __mmask16 seen = _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(seen, _mm512_castps_si512(a), n));
+}
 
 inline vi load_words(const bf16* p) {  // 16 bf16, each in the low half of a lane
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -125,6 +131,11 @@ inline vf scale_by(vf a, vf n) {  // n in [-126, 127]
     return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
 }
 
+inline vf scale_where_ge(vf x, vf limit, vf a, vf magic) {
+    vi n = _mm256_slli_epi32(_mm256_castps_si256(magic), 23);
+    return where_ge(x, limit, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n)));
+}
+
 inline vi load_words(const bf16* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline vi join(vi low, vi high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
 inline void store_pairs(uint32_t* p, vi x) { _mm256_storeu_si256((__m256i*)p, x); }
@@ -157,6 +168,20 @@ inline vf exp2(vf x) {
     p = fma(p, r, splat(6.9314718e-1f));
     p = fma(p, r, splat(1.0f));
     return where_ge(x, low, scale_by(p, n));
+}
+
+// 2 ** x for x <= 1 with a relative error below 5e-6, for what is rounded to bfloat16 next; 0 below -125, NaN of a
+// NaN. The polynomial interpolates 2 ** r at the Chebyshev nodes of [-1/2, 1/2].
+inline vf exp2_rough(vf x) {
+    const vf shift = splat(12582912.0f);  // 1.5 * 2 ** 23: adding it leaves the whole number in the low bits
+    vf magic = add(x, shift);
+    vf r = sub(x, sub(magic, shift));
+    vf p = splat(0.00966636837f);
+    p = fma(p, r, splat(0.0559219755f));
+    p = fma(p, r, splat(0.240223497f));
+    p = fma(p, r, splat(0.693121016f));
+    p = fma(p, r, splat(1.0f));
+    return scale_where_ge(x, splat(-125.0f), p, magic);
 }
 
 constexpr float LOG2_E = 1.44269504f;
