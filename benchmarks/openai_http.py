@@ -1,4 +1,4 @@
-"""The one endpoint the HTTP peers share: POST /v1/completions, streamed."""
+"""The HTTP peers' endpoints: POST /v1/completions, streamed, and whatever else streams events as it does."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CompletionsClient:
         started_s = time.perf_counter() if sent_s is None else sent_s
         first_s = last_s = 0.0
         prompt_tokens = output_tokens = 0
-        async for event in self._events(body):
+        async for event in self.events("/v1/completions", body):
             now_s = time.perf_counter()
             if "error" in event:
                 raise HttpError(str(event["error"])[:500])
@@ -75,8 +75,9 @@ class CompletionsClient:
             output_tokens=output_tokens,
         )
 
-    async def _events(self, body: Mapping[str, Json]) -> AsyncIterator[dict[str, Json]]:
-        async with self._session.post("/v1/completions", json={**body, "stream": True}) as response:
+    async def events(self, path: str, body: Mapping[str, Json]) -> AsyncIterator[dict[str, Json]]:
+        """What an endpoint streams for a request, event by event. Raises `HttpError` where it refuses."""
+        async with self._session.post(path, json={**body, "stream": True}) as response:
             if response.status != 200:
                 raise HttpError(f"{response.status}: {(await response.text())[:500]}")
             async for raw in response.content:

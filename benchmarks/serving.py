@@ -26,6 +26,7 @@ from benchmarks.measure import run_round, start_and_warm_up
 from benchmarks.processes import Command, allowed_cores, reaping_orphans
 from benchmarks.report import GIB, Run, SystemResult, to_json, to_markdown
 from benchmarks.system import Setup, System
+from benchmarks.systems.llamacpp import LlamaCpp
 from benchmarks.systems.pdserve import PdserveColocated, PdserveDisaggregated
 from benchmarks.systems.transformers import TransformersGenerate, TransformersServe
 from benchmarks.systems.vllm import Vllm, VllmDisaggregated
@@ -41,6 +42,7 @@ SYSTEMS: Final[dict[str, type[System]]] = {
         TransformersServe,
         Vllm,
         VllmDisaggregated,
+        LlamaCpp,
     )
 }
 RESERVED_GIB: Final = 2.0
