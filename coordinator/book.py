@@ -19,6 +19,7 @@ from coordinator.router import Router
 from coordinator.sla import Goal
 from coordinator.stories import Stories
 from coordinator.tenants import Tenants
+from coordinator.tier_hits import tier_worth
 from coordinator.waiting import WaitingQueue
 from pdserve.core.config import Admission
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
@@ -85,6 +86,8 @@ class Book:
     """By who may still write: decode workers with blocks in quarantine, until the writer can be asked."""
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     """Who has which prompts' beginnings cached, as far as workers say."""
+    tiers: PrefixIndex = field(default_factory=PrefixIndex)
+    """Who has them in tiers below the pool."""
     fetches: dict[AttemptId, Fetch] = field(default_factory=dict)
     """Beginnings of prompts that are on their way between workers, and requests that wait for them."""
     num_fetches: int = 0
@@ -182,19 +185,40 @@ class Book:
                 self._answers[kind] = usual + 0.05 * (len(flight.output) - usual)
 
     def cached_tokens(self, flight: Flight) -> dict[WorkerId, int]:
+        """Of its tokens, how many workers likely need not compute; others none, or less.
+
+        What lies in a worker's tiers counts for less than it is (`coordinator.tier_hits`).
+        """
+        cached = self.pool_tokens(flight)
+        if not self.tiers.num_blocks:
+            return cached
+        keys, size = self._keys(flight)
+        colocated = not self.fleet.pool(flight.request.model, Role.PREFILL).workers
+        for worker, blocks in self.prefixes.hits(keys, self.tiers).items():
+            here, state = cached.get(worker, 0), self.fleet.get(worker)
+            # A decode worker to which KV is pushed does not look into its tiers.
+            if state is not None and (state.info.role is Role.PREFILL or colocated):
+                cached[worker] = here + tier_worth(state, here, blocks * size)
+        return cached
+
+    def pool_tokens(self, flight: Flight) -> dict[WorkerId, int]:
         """Of its tokens, how many workers likely have in their prefix caches; others have none, or less."""
         if not self.prefixes.num_blocks:
             return {}
+        keys, size = self._keys(flight)
+        return {worker: blocks * size for worker, blocks in self.prefixes.hits(keys).items()}
+
+    def _keys(self, flight: Flight) -> tuple[list[int], int]:
+        """Of the blocks of its tokens that may be cached, and tokens of a block."""
         decoders = self.fleet.pool(flight.request.model, Role.DECODE).workers
         if not decoders or flight.request.sampling.prompt_logprobs is not None:
-            return {}
+            return [], 0
         size = decoders[0].info.block_tokens
         if flight.prefix_hashes is None:
             flight.prefix_hashes = PrefixHashes(flight.request.cache_salt, size)
         hashes = flight.prefix_hashes.of(flight.request.tokens + flight.output)
         # The last token is always computed: its logits are needed.
-        keys = [key_of(digest) for digest in hashes[: (flight.num_tokens - 1) // size]]
-        return {worker: blocks * size for worker, blocks in self.prefixes.hits(keys).items()}
+        return [key_of(digest) for digest in hashes[: (flight.num_tokens - 1) // size]], size
 
     def decided(self, flight: Flight, placement: Placement, goal: Goal, now: float) -> None:
         """Keep why, for who asks later."""

@@ -39,9 +39,9 @@ LEAST_BLOCKS: Final = 4
 _TIMES: Final = 2.0
 _ASKING_S: Final = 0.01
 """Messages to and fro, before and after the bytes."""
-_SHORTEST_S: Final = 0.25
+SHORTEST_S: Final = 0.25
 """Until it is given up; or for as long as reading would have taken, if that is more."""
-_KNOWN: Final = 5
+KNOWN: Final = 5
 """Prompts that a worker must have read before its speed is known."""
 
 
@@ -65,9 +65,10 @@ def offered(book: Book, flight: Flight, attempt: Attempt, offer: Send, now: floa
     reader = book.fleet.up(attempt.prefill or attempt.decode)
     if not book.settings.fetch_prefixes or reader is None:
         return [offer]
-    cached = book.cached_tokens(flight)
-    here = cached.get(reader.id, 0)
-    source = _source(book, reader, cached)
+    if not book.prefixes.num_blocks:
+        return [offer]
+    here, cached = book.cached_tokens(flight).get(reader.id, 0), book.pool_tokens(flight)
+    source = _source(book, reader, cached, here)
     if source is None:
         return [offer]
     tokens = cached[source.id]
@@ -86,7 +87,7 @@ def offered(book: Book, flight: Flight, attempt: Attempt, offer: Send, now: floa
         source_epoch=source.info.epoch,
         tokens=(flight.request.tokens + flight.output)[:tokens],
         cache_salt=flight.request.cache_salt,
-        until=now + max(reading_s, _SHORTEST_S),
+        until=now + max(reading_s, SHORTEST_S),
     )
     book.fetches[fetch.id] = fetch
     book.num_fetches += 1
@@ -148,9 +149,9 @@ def moved(book: Book, worker: WorkerId, message: TransferDone) -> None:
 # --- whether ------------------------------------------------------------------------------------------
 
 
-def _source(book: Book, reader: WorkerState, cached: dict[WorkerId, int]) -> WorkerState | None:
-    """Who has the most, and enough more than the reader."""
-    least = cached.get(reader.id, 0) + LEAST_BLOCKS * reader.info.block_tokens
+def _source(book: Book, reader: WorkerState, cached: dict[WorkerId, int], here: int) -> WorkerState | None:
+    """Who has the most in its pool, and enough more than the reader has `here`."""
+    least = here + LEAST_BLOCKS * reader.info.block_tokens
     for name in sorted(cached, key=lambda name: (-cached[name], name)):
         if cached[name] < least:
             return None
@@ -175,7 +176,7 @@ def _moving_s(book: Book, source: WorkerState, reader: WorkerState, tokens: int)
 
 def _reading_s(reader: WorkerState, start: int, end: int) -> float | None:
     fit = reader.latency.prefill
-    return fit.predict((0, end - start, (end * end - start * start) / 2)) if fit.count >= _KNOWN else None
+    return fit.predict((0, end - start, (end * end - start * start) / 2)) if fit.count >= KNOWN else None
 
 
 def _introduced(source: WorkerState, reader: WorkerState) -> list[Action]:

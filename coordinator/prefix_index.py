@@ -102,33 +102,44 @@ class PrefixIndex:
 
     # --- what the router asks -------------------------------------------------------------------------
 
-    def hits(self, keys: Sequence[int]) -> dict[WorkerId, int]:
+    def hits(self, keys: Sequence[int], below: PrefixIndex | None = None) -> dict[WorkerId, int]:
         """Workers that have a beginning of these blocks, with how many blocks of it, as far as is known.
 
-        Those with the longest are among them, and some of those with less.
+        Those with the longest are among them, and some of those with less. below: what their tiers hold,
+        which counts as well; of a worker that let go of the beginning, what follows is of no use.
         """
         found: dict[WorkerId, int] = {}
+        indices = (self,) if below is None else (self, below)
         low, high = 0, len(keys)
         while low < high:
             middle = (low + high + 1) // 2
-            holders = self._holders(keys[middle - 1])
+            holders = [name for index in indices for name in index._holders(keys[middle - 1])]
+            if below is not None:
+                holders = [name for name in holders if any(index._has(keys[0], name) for index in indices)]
             if not holders:
                 high = middle - 1
                 continue
             low = middle
-            for number in holders:
-                name = self._names[number]
+            for name in holders:
                 found[name] = max(found.get(name, 0), middle)
         return found
 
-    def _holders(self, key: int) -> list[int]:
+    def _has(self, key: int, worker: WorkerId) -> bool:
+        number, at = self._numbers.get(worker), key
+        while number is not None and (found := self._get(at)) is not None:
+            if found == number:
+                return True
+            at = (at + _STRIDE) & _MASK
+        return False
+
+    def _holders(self, key: int) -> list[WorkerId]:
         count = self._count(key)
         first = 0 if count <= HOLDERS else (key >> 20) % count
         found = []
         for index in range(min(count, HOLDERS)):
             number = self._get((key + (first + index) % count * _STRIDE) & _MASK)
             if number is not None:
-                found.append(number)
+                found.append(self._names[number])
         return found
 
     # --- rows of holders ------------------------------------------------------------------------------

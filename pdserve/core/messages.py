@@ -444,7 +444,8 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixEvents:
-    """Which blocks a worker's prefix cache began and ceased to hold: to every coordinator, in order.
+    """Which blocks a worker's prefix cache, and its tiers, began and ceased to hold: to every coordinator, in
+    order.
 
     The first to each is a snapshot. A coordinator that misses a number asks with `SendPrefixes`.
     """
@@ -457,6 +458,9 @@ class PrefixEvents:
     """Keys of blocks (`pdserve.core.prefix.pack_keys`); of all that are held, in a snapshot."""
     evicted: bytes
     snapshot: bool
+    tier_stored: bytes = b""
+    """The same of the tiers below the cache's pool, whether the cache holds these blocks too or not."""
+    tier_evicted: bytes = b""
 
 
 Down = (

@@ -43,6 +43,8 @@ class TierCounts:
     """Evicted from the pool before they were stored."""
     corrupt_blocks: int = 0
     """Found damaged on disk, and not used."""
+    load_bytes_per_s: float = 0.0
+    """At which blocks come back into the pool, as measured, in the mix of tiers that they lie in now."""
     io_errors: int = 0
     """Reads and writes of the disk that failed, a full disk included."""
 

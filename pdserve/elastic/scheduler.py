@@ -84,7 +84,7 @@ class ElasticScheduler:
             lambda: shared.duty.draining,
         )
         self._role_change = RoleChange(shared, self._prefill, self._decode)
-        self._prefix_feed = PrefixFeed(shared.worker, shared.epoch, shared.cache)
+        self._prefix_feed = PrefixFeed(shared.worker, shared.epoch, shared.cache, shared.tiering)
         self._meter = StepMeter()
 
     @property

@@ -1,4 +1,5 @@
-"""Tells coordinators which blocks a prefix cache holds: first all, then what comes and goes. Pure."""
+"""Tells coordinators which blocks a prefix cache and the tiers below it hold: first all, then what comes and
+goes. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ from pdserve.core.messages import PrefixEvents
 from pdserve.core.prefix import pack_keys
 from pdserve.engine.prefix_cache import CacheJournal, PrefixCache
 from pdserve.worker.events import OwnerId, Send
+from pdserve.worker.tiering import Tiering
 
 
 class PrefixFeed:
-    """One per worker. Nothing is written down while no coordinator is there."""
+    """One per worker. Of the cache nothing is written down while no coordinator is there."""
 
-    def __init__(self, worker: WorkerId, epoch: int, cache: PrefixCache) -> None:
-        self._worker, self._epoch, self._cache = worker, epoch, cache
+    def __init__(self, worker: WorkerId, epoch: int, cache: PrefixCache, tiering: Tiering) -> None:
+        self._worker, self._epoch, self._cache, self._tiering = worker, epoch, cache, tiering
         self._sequence = 0
         self._following: set[OwnerId] = set()
         self._new: set[OwnerId] = set()
@@ -31,9 +33,12 @@ class PrefixFeed:
 
     def due(self) -> list[Send]:
         """What has changed since the last call, to everyone who follows."""
-        sends = self._changes()
+        sends = self._changes(self._tiering.changes())
         if self._new:
-            snapshot = self._events(pack_keys(self._cache.hashes()), b"", snapshot=True)
+            cached, below = CacheJournal(), CacheJournal()
+            cached.stored = dict.fromkeys(self._cache.hashes())
+            below.stored = dict.fromkeys(self._tiering.below)
+            snapshot = self._events(cached, below, snapshot=True)
             sends += [Send(owner, snapshot) for owner in sorted(self._new)]
             self._following |= self._new
             self._new.clear()
@@ -41,21 +46,23 @@ class PrefixFeed:
                 self._cache.journal = CacheJournal()
         return sends
 
-    def _changes(self) -> list[Send]:
+    def _changes(self, below: CacheJournal) -> list[Send]:
         journal = self._cache.journal
-        if journal is None or not (journal.stored or journal.evicted):
+        if journal is None or not (journal.stored or journal.evicted or below.stored or below.evicted):
             return []
         self._cache.journal = CacheJournal()
         self._sequence += 1
-        events = self._events(pack_keys(journal.stored), pack_keys(journal.evicted), snapshot=False)
+        events = self._events(journal, below, snapshot=False)
         return [Send(owner, events) for owner in sorted(self._following - self._new)]
 
-    def _events(self, stored: bytes, evicted: bytes, *, snapshot: bool) -> PrefixEvents:
+    def _events(self, cached: CacheJournal, below: CacheJournal, *, snapshot: bool) -> PrefixEvents:
         return PrefixEvents(
             worker=self._worker,
             epoch=self._epoch,
             sequence=self._sequence,
-            stored=stored,
-            evicted=evicted,
+            stored=pack_keys(cached.stored),
+            evicted=pack_keys(cached.evicted),
             snapshot=snapshot,
+            tier_stored=pack_keys(below.stored),
+            tier_evicted=pack_keys(below.evicted),
         )

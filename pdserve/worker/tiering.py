@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, assert_never
 
@@ -23,7 +23,7 @@ from pdserve.core.ids import AttemptId, BlockId, RequestId
 from pdserve.core.layout import blocks_for
 from pdserve.core.worker_state import TierCounts
 from pdserve.engine.block_pool import BlockPool, BlockState, Holder, HolderKind
-from pdserve.engine.prefix_cache import BlockHash, PrefixCache
+from pdserve.engine.prefix_cache import BlockHash, CacheJournal, PrefixCache
 from pdserve.engine.tiers.store import (
     BlocksLoaded,
     BlockStored,
@@ -77,6 +77,25 @@ class Tiering:
         self._tickets = itertools.count(1)
         self._commands: list[TierCommand] = []
         self._missed_blocks = 0
+        self._below: set[BlockHash] = set()
+
+    @property
+    def below(self) -> Collection[BlockHash]:
+        """Blocks in the tiers, as of the last `changes`."""
+        return self._below
+
+    def changes(self) -> CacheJournal:
+        """What the tiers began and ceased to hold since the last call."""
+        journal = CacheJournal()
+        gone = ((digest, False) for digest in list(self._below))
+        for digest, kept in gone if self._store is None else self._store.changes():
+            if kept and digest not in self._below:
+                self._below.add(digest)
+                journal.came(digest)
+            elif not kept and digest in self._below:
+                self._below.remove(digest)
+                journal.went(digest)
+        return journal
 
     def counts(self) -> TierCounts:
         if self._store is None:

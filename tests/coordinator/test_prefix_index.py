@@ -32,6 +32,17 @@ def test_the_longest_beginning_that_anyone_has_is_found_with_those_who_have_less
     assert index.hits([]) == {}
 
 
+def test_what_lies_in_tiers_continues_what_is_cached_unless_the_beginning_is_gone() -> None:
+    index, below, chain = PrefixIndex(), PrefixIndex(), list(range(1, 33))
+    index.heard(name(0), 1, chain[:8], [], snapshot=True)
+    below.heard(name(0), 1, chain[4:24], [], snapshot=True)
+    below.heard(name(1), 1, chain[:20], [], snapshot=True)
+    below.heard(name(2), 1, chain[2:], [], snapshot=True)
+    assert index.hits(chain) == {name(0): 8}
+    assert index.hits(chain, below) == {name(0): 24, name(1): 16}
+    assert index.hits(chain[:20], below) == {name(0): 20, name(1): 20}
+
+
 def test_it_agrees_with_a_dictionary_whatever_comes_and_goes() -> None:
     rng, index = random.Random(7), PrefixIndex()
     blocks = [rng.getrandbits(64) for _ in range(300)] + [0, 2**64 - 1]

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 from coordinator.decisions import Candidate, Choice
+from coordinator.events import FromWorker
 from coordinator.fleet import Fleet, WorkerState
 from coordinator.links import Links
 from coordinator.policies import Policy
 from coordinator.router import Router
 from coordinator.routes import exposed_s
+from coordinator.tier_hits import tier_worth
 from pdserve.core.config import LocalPrefill, RoutingPolicy
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
-from pdserve.core.messages import PrefixEvents, Role, SendPrefixes
+from pdserve.core.messages import Heartbeat, PrefixEvents, Role, SendPrefixes
 from pdserve.core.prefix import PrefixHashes, pack_keys
+from pdserve.core.worker_state import BlockCounts, TierCounts
 from tests.support.model_workers import LAYOUT, worker_info
 from tests.support.paths import REPO
 from tests.support.registry_world import MODEL, World, new_request
@@ -76,6 +79,90 @@ def test_a_prompt_goes_where_its_beginning_is_cached(policy: RoutingPolicy) -> N
     assert (report.prefill_worker, report.decode_worker) in ((P1, D1), ("", D1))
     candidates = next(iter(world.registry.decisions.of(RequestId("r")))).placement.decode.candidates
     assert {c.worker: c.prefix_tokens for c in candidates} == {D0: 0, D1: 40}
+
+
+def below(world: World, worker: WorkerId, bytes_per_s: float) -> None:
+    """The prompt lies in a worker's tier."""
+    hashes = PrefixHashes(b"salt", LAYOUT.block_tokens).of(PROMPT)
+    events = PrefixEvents(
+        worker=worker,
+        epoch=1,
+        sequence=0,
+        stored=b"",
+        evicted=b"",
+        snapshot=True,
+        tier_stored=pack_keys(hashes),
+    )
+    world.handle(FromWorker(worker=worker, epoch=1, message=events))
+    told_of = state(world.registry.fleet, worker)
+    blocks = BlockCounts(total=4096, free=4096, held=0, cached=0, quarantined=0)
+    told_of.heard(
+        Heartbeat(
+            worker=worker,
+            epoch=1,
+            blocks=blocks,
+            waiting=0,
+            running=0,
+            waiting_tokens=0,
+            step_s=0.01,
+            tokens_per_s=0.0,
+            prefix_hit_tokens=0,
+            prefix_query_tokens=0,
+            steps=0,
+            tiers=TierCounts(load_bytes_per_s=bytes_per_s),
+        )
+    )
+
+
+def prefixes_of(world: World) -> dict[WorkerId, int]:
+    """What the prefill candidates of the next request are thought to have."""
+    world.submit(new_request("r", prompt=PROMPT))
+    (decision,) = world.registry.decisions.of(RequestId("r"))
+    assert decision.placement.prefill is not None
+    return {c.worker: c.prefix_tokens for c in decision.placement.prefill.candidates}
+
+
+def test_a_prompt_goes_where_a_tier_has_it_but_rather_where_it_is_cached() -> None:
+    world = World(policy=RoutingPolicy.PREFIX_AWARE)
+    for name, role in ((P0, Role.PREFILL), (P1, Role.PREFILL), (D0, Role.DECODE)):
+        world.join(name, role)
+    below(world, P1, 1e9)
+    world.submit(new_request("a", prompt=PROMPT))
+    (decision,) = world.registry.decisions.of(RequestId("a"))
+    assert decision.placement.prefill is not None
+    assert decision.placement.prefill.worker == P1
+    world.handle(FromWorker(worker=P0, epoch=1, message=told(P0, 0, PROMPT, snapshot=True)))
+    found = prefixes_of(world)
+    assert 0 < found[P1] < found[P0] == 40
+
+
+def test_what_a_tier_brings_back_more_slowly_than_it_is_computed_counts_for_nothing() -> None:
+    worker = state(fleet_of(1, 1), P0)
+    assert tier_worth(worker, 0, 1000) == 0
+    world = world_of(RoutingPolicy.SLA)
+    below(world, P0, 1e6)
+    worker = state(world.registry.fleet, P0)
+    assert tier_worth(worker, 0, 1000) == 900
+    load_s = 1000 * worker.kv_token_bytes / 1e6
+    for tokens in range(100, 1100, 100):
+        worker.latency.prefill.learn((1, tokens, tokens * tokens / 2), 2 * load_s * tokens / 1000)
+    assert 450 <= tier_worth(worker, 0, 1000) <= 550
+    below(world, P0, 4e5)
+    assert tier_worth(worker, 0, 1000) == 0
+
+
+def test_the_tiers_of_a_decode_worker_count_only_where_it_reads_prompts() -> None:
+    for num_prefill, counts in ((1, False), (0, True)):
+        world = World(policy=RoutingPolicy.SLA)
+        for index in range(num_prefill):
+            world.join(WorkerId(f"prefill-{index}"), Role.PREFILL)
+        world.join(D0, Role.DECODE)
+        world.join(D1, Role.DECODE)
+        below(world, D1, 1e9)
+        world.submit(new_request("r", prompt=PROMPT))
+        (decision,) = world.registry.decisions.of(RequestId("r"))
+        found = {c.worker: c.prefix_tokens for c in decision.placement.decode.candidates}
+        assert (found[D1] > 0) is counts
 
 
 def test_who_missed_events_is_asked_for_all_of_them_and_not_relied_on_until_then() -> None:

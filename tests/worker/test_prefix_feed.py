@@ -13,6 +13,7 @@ from pdserve.engine.block_pool import BlockPool, Holder, HolderKind
 from pdserve.engine.prefix_cache import PrefixCache
 from pdserve.worker.events import OwnerId, Send
 from pdserve.worker.prefix_feed import PrefixFeed
+from pdserve.worker.tiering import Tiering
 
 WORKER = WorkerId("decode-0")
 ONE, TWO = OwnerId(1), OwnerId(2)
@@ -43,6 +44,7 @@ class Requests:
     def __init__(self) -> None:
         self.pool = BlockPool(12)
         self.cache = PrefixCache(self.pool, block_tokens=BLOCK, enabled=True)
+        self.tiering = Tiering(self.pool, self.cache, None, block_tokens=BLOCK)
         self._rng, self._count = random.Random(0), 0
 
     def one(self) -> None:
@@ -67,7 +69,11 @@ def known(index: PrefixIndex, keys: set[int]) -> set[int]:
 
 def test_coordinators_that_come_at_different_times_know_the_same() -> None:
     requests, ever = Requests(), set[int]()
-    feed, first, second = PrefixFeed(WORKER, 1, requests.cache), PrefixIndex(), PrefixIndex()
+    feed, first, second = (
+        PrefixFeed(WORKER, 1, requests.cache, requests.tiering),
+        PrefixIndex(),
+        PrefixIndex(),
+    )
     requests.one()
     assert feed.due() == []
     feed.met(ONE)
@@ -88,7 +94,7 @@ def test_coordinators_that_come_at_different_times_know_the_same() -> None:
 
 def test_who_missed_something_asks_and_gets_everything() -> None:
     requests, index = Requests(), PrefixIndex()
-    feed = PrefixFeed(WORKER, 1, requests.cache)
+    feed = PrefixFeed(WORKER, 1, requests.cache, requests.tiering)
     feed.met(ONE)
     hear(index, feed.due(), ONE)
     requests.one()
@@ -102,7 +108,7 @@ def test_who_missed_something_asks_and_gets_everything() -> None:
 
 def test_nothing_is_written_down_for_nobody() -> None:
     requests = Requests()
-    feed = PrefixFeed(WORKER, 1, requests.cache)
+    feed = PrefixFeed(WORKER, 1, requests.cache, requests.tiering)
     feed.met(ONE)
     feed.due()
     feed.lost(ONE)

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.prefix_index import PrefixIndex
 from pdserve.core.errors import BlockPoolExhausted
-from pdserve.core.ids import AttemptId, RequestId
+from pdserve.core.ids import AttemptId, RequestId, WorkerId
+from pdserve.core.messages import PrefixEvents
+from pdserve.core.prefix import key_of, keys_of
 from pdserve.core.worker_state import TierCounts
 from pdserve.engine.block_pool import BlockPool, Holder, HolderKind
 from pdserve.engine.prefix_cache import BlockHash, PrefixCache, PrefixHashes
@@ -23,9 +26,12 @@ from pdserve.engine.tiers.store import (
     TierCommand,
     TiersFailed,
 )
+from pdserve.worker.events import OwnerId
+from pdserve.worker.prefix_feed import PrefixFeed
 from pdserve.worker.tiering import MAX_STORES, Fetch, Tiering
 
 SIZE = 4
+WORKER = WorkerId("prefill-0")
 NUM_BLOCKS = 12
 
 
@@ -35,6 +41,7 @@ class SlowStore:
     def __init__(self, memory: list[BlockHash | None]) -> None:
         self.memory, self.kept, self.waiting = memory, set[BlockHash](), list[TierCommand]()
         self.cost_s = 0.0
+        self.told = set[BlockHash]()
 
     def start(self) -> None: ...
 
@@ -57,6 +64,11 @@ class SlowStore:
 
     def counts(self) -> TierCounts:
         return TierCounts()
+
+    def changes(self) -> list[tuple[BlockHash, bool]]:
+        told = [(digest, digest in self.kept) for digest in self.kept ^ self.told]
+        self.told = set(self.kept)
+        return told
 
     def stop(self) -> None: ...
 
@@ -131,6 +143,39 @@ class World:
 def prompt_of(seed: int, blocks: int, shared: int = 0) -> list[int]:
     tokens = random.Random(0).choices(range(50), k=shared * SIZE)
     return [*tokens, *random.Random(seed).choices(range(50), k=(blocks - shared) * SIZE), 7]
+
+
+def test_coordinators_hear_what_the_tiers_hold_until_they_fail() -> None:
+    world, cached, below = World(), PrefixIndex(), PrefixIndex()
+    feed = PrefixFeed(WORKER, 1, world.cache, world.tiering)
+
+    def hear() -> None:
+        for send in feed.due():
+            message = send.message
+            assert isinstance(message, PrefixEvents)
+            for index, stored, evicted in (
+                (cached, message.stored, message.evicted),
+                (below, message.tier_stored, message.tier_evicted),
+            ):
+                assert index.heard(
+                    WORKER, message.sequence, keys_of(stored), keys_of(evicted), snapshot=message.snapshot
+                )
+
+    first, second = prompt_of(1, 8), prompt_of(2, 8)
+    keys = [key_of(digest) for digest in PrefixHashes(b"", SIZE).of(first)][:8]
+    world.read(first)
+    world.settle()
+    feed.met(OwnerId(1))
+    hear()
+    assert below.num_blocks == 8
+    world.read(second)
+    world.settle()
+    hear()
+    assert (cached.num_blocks, below.num_blocks) == (NUM_BLOCKS - 1, 16)
+    assert cached.hits(keys, below) == {WORKER: 8}
+    world.tiering.handle(TiersFailed("broken"))
+    hear()
+    assert below.num_blocks == 0
 
 
 _STEPS = st.lists(

@@ -18,6 +18,7 @@ import logging
 import os
 import struct
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -66,6 +67,8 @@ class DiskTier:
         self._limit = size_bytes // self._file_bytes
         self._files: OrderedDict[BlockHash, None] = OrderedDict()
         self.counters = DiskCounters()
+        self.on_forget: Callable[[BlockHash], object] | None = None
+        """Told of every block that is here no more."""
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -84,6 +87,9 @@ class DiskTier:
 
     def __contains__(self, digest: BlockHash) -> bool:
         return digest in self._files
+
+    def digests(self) -> list[BlockHash]:
+        return list(self._files)
 
     @property
     def used_bytes(self) -> int:
@@ -160,6 +166,8 @@ class DiskTier:
 
     def _forget(self, digest: BlockHash) -> None:
         self._files.pop(digest, None)
+        if self.on_forget is not None:
+            self.on_forget(digest)
         with contextlib.suppress(OSError):
             self._path(digest).unlink()
 

@@ -93,6 +93,7 @@ class TierPort(Protocol):
     def holds(self, digest: BlockHash) -> bool: ...
     def seconds(self, tiers: Sequence[Tier]) -> float: ...
     def counts(self) -> TierCounts: ...
+    def changes(self) -> list[tuple[BlockHash, bool]]: ...
     def stop(self) -> None: ...
     def join(self, timeout_s: float | None = None) -> bool: ...
 
@@ -122,6 +123,11 @@ class TierStore:
         self._hit_blocks = {Tier.HOST: 0, Tier.DISK: 0}
         self._stored_blocks = 0
         self._dropped_blocks = 0
+        # Blocks that came or went, appended after that has happened; `changes` takes them out.
+        self._touched: deque[BlockHash] = deque()
+        if disk is not None:
+            self._touched.extend(disk.digests())
+            disk.on_forget = self._touched.append
         self._thread = threading.Thread(target=self._main, name="kv-tiers", daemon=True)
 
     # --- any thread ---------------------------------------------------------------------------------
@@ -165,6 +171,20 @@ class TierStore:
         waiting = self._blocks_to_load * size / self._rates[Tier.HOST]
         return waiting + sum(size / self._rates[tier] for tier in tiers)
 
+    def changes(self) -> list[tuple[BlockHash, bool]]:
+        """Blocks that may have come or gone since the last call, with whether any tier has them now.
+
+        The first call tells what an earlier process left. For one thread.
+        """
+        digests = [self._touched.popleft() for _ in range(len(self._touched))]
+        return [(digest, bool(self.find([digest]))) for digest in digests]
+
+    def _load_bytes_per_s(self) -> float:
+        host, disk = self._host.used_bytes, 0 if self._disk is None else self._disk.used_bytes
+        if not host + disk:
+            return 0.0
+        return (host + disk) / (host / self._rates[Tier.HOST] + disk / self._rates[Tier.DISK])
+
     def counts(self) -> TierCounts:
         size, disk = self._pool.block_bytes, self._disk
         return TierCounts(
@@ -176,6 +196,7 @@ class TierStore:
             bytes_loaded=sum(self._hit_blocks.values()) * size,
             dropped_blocks=self._dropped_blocks + (0 if disk is None else disk.counters.dropped),
             corrupt_blocks=0 if disk is None else disk.counters.corrupt,
+            load_bytes_per_s=self._load_bytes_per_s(),
             io_errors=0 if disk is None else disk.counters.errors,
         )
 
@@ -257,6 +278,7 @@ class TierStore:
             self._pool.read(command.block, self._buffer)
             if not self._disk.write(command.digest, self._buffer):
                 return
+        self._touched.append(command.digest)
         self._stored_blocks += 1
 
     def _move_down(self) -> None:
@@ -265,3 +287,4 @@ class TierStore:
         kept = self._disk is not None and self._disk.write(digest, data)
         self._dropped_blocks += not kept
         self._host.drop(digest)
+        self._touched.append(digest)

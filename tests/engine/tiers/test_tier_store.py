@@ -113,6 +113,19 @@ def test_a_block_comes_back_from_host_memory_as_it_was() -> None:
         assert (counts.host_hit_tokens, counts.host_bytes) == (12, 3 * SIZE)
 
 
+def test_what_came_and_went_is_told_once(tmp_path: Path) -> None:
+    with bench(2, disk_at(tmp_path, blocks=2)) as it:
+        it.keep(0, 1, 2)
+        assert dict(it.store.changes()) == {digest_of(i): True for i in range(3)}
+        it.keep(3, 4, 5)
+        told = dict(it.store.changes())
+        assert {digest for digest, here in told.items() if not here} == {digest_of(0), digest_of(1)}
+        assert all(told[digest_of(i)] for i in (3, 4, 5))
+        assert it.store.changes() == []
+    with bench(0, disk_at(tmp_path)) as again:
+        assert dict(again.store.changes()) == {digest_of(2): True, digest_of(3): True}
+
+
 def test_a_full_host_tier_gives_up_the_longest_unused() -> None:
     with bench(2) as it:
         it.keep(0, 1)
