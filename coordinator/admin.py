@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import grpc
@@ -12,9 +13,10 @@ from coordinator.events import DrainWorker, UndrainWorker
 from coordinator.explain import explanation
 from coordinator.fleet import WorkerState
 from coordinator.planner.control import PlannerControl
-from coordinator.planner.proposal import Proposal, change_in_words
+from coordinator.planner.proposal import Proposal, Split, change_in_words
+from coordinator.planner.resizing import Resizing, WorkerChange, changing_roles, in_use
 from coordinator.wire import status_of
-from pdserve.core.errors import InvalidRequest, PdServeError, RequestNotFound, WorkerLost
+from pdserve.core.errors import ConfigError, InvalidRequest, PdServeError, RequestNotFound, WorkerLost
 from pdserve.core.ids import RequestId, WorkerId
 from pdserve.core.operation_settings import PlannerMode
 from pdserve.core.proto.pdserve.v1 import admin_pb2 as pb
@@ -24,7 +26,16 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["Admin"].full_name
 Context = grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainStatus]
 
 
-def proposal_message(proposal: Proposal) -> pb.PlanProposal:
+ScaleContext = grpc.aio.ServicerContext[pb.ScaleRequest, pb.ScaleStatus]
+
+
+def change_message(change: WorkerChange) -> pb.WorkerChange:
+    return pb.WorkerChange(
+        worker=change.worker, role=change.role.value, state=change.state.value, text=change.text
+    )
+
+
+def proposal_message(proposal: Proposal, changes: Sequence[WorkerChange] = ()) -> pb.PlanProposal:
     return pb.PlanProposal(
         model=proposal.model,
         standing=proposal.standing.value,
@@ -39,12 +50,19 @@ def proposal_message(proposal: Proposal) -> pb.PlanProposal:
         capacity=proposal.capacity,
         wanted_capacity=proposal.wanted_capacity,
         reason=proposal.reason,
+        changes=[change_message(change) for change in changes],
     )
 
 
 class Admin:
-    def __init__(self, dispatcher: Dispatcher, plans: PlannerControl | None = None) -> None:
-        self._dispatcher, self._plans = dispatcher, plans
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        plans: PlannerControl | None = None,
+        resizing: Resizing | None = None,
+    ) -> None:
+        """resizing: how workers are added and retired; None: nobody starts any."""
+        self._dispatcher, self._plans, self._resizing = dispatcher, plans, resizing
 
     def handler(self) -> grpc.GenericRpcHandler[object, object]:
         """The service, for a grpc.aio server."""
@@ -60,8 +78,12 @@ class Admin:
         plan = grpc.unary_unary_rpc_method_handler(
             self.plan, pb.PlanRequest.FromString, pb.Plans.SerializeToString
         )
+        scale = grpc.unary_stream_rpc_method_handler(
+            self.scale, pb.ScaleRequest.FromString, pb.ScaleStatus.SerializeToString
+        )
         return grpc.method_handlers_generic_handler(
-            SERVICE, {"Drain": drain, "Undrain": undrain, "Explain": explain, "Plan": plan}
+            SERVICE,
+            {"Drain": drain, "Undrain": undrain, "Explain": explain, "Plan": plan, "Scale": scale},
         )
 
     async def plan(
@@ -69,7 +91,11 @@ class Admin:
     ) -> pb.Plans:
         if self._plans is None:
             return pb.Plans(mode=PlannerMode.OFF.value)
-        proposals = [proposal_message(proposal) for proposal in self._plans.proposals()]
+        resizing = self._resizing
+        proposals = [
+            proposal_message(proposal, () if resizing is None else resizing.changes(proposal.model))
+            for proposal in self._plans.proposals()
+        ]
         return pb.Plans(mode=self._plans.mode.value, proposals=proposals)
 
     async def explain(
@@ -83,6 +109,39 @@ class Admin:
         story, decisions = found
         running = registry.current_attempt(story.request.id)
         return explanation(story, decisions, running, now=self._dispatcher.now())
+
+    async def scale(self, request: pb.ScaleRequest, context: ScaleContext) -> None:
+        try:
+            await self._scale(request, context)
+        except PdServeError as error:
+            code, details, metadata = status_of(error)
+            await context.abort(code, details, metadata)
+
+    async def _scale(self, request: pb.ScaleRequest, context: ScaleContext) -> None:
+        resizing, fleet = self._resizing, self._dispatcher.registry.fleet
+        if resizing is None:
+            raise ConfigError("nobody starts workers for this coordinator: pdserve serve does")
+        model = resizing.model_named(request.model)
+        now = in_use(fleet, model)
+        wanted = Split(
+            request.prefill if request.HasField("prefill") else now.prefill,
+            request.decode if request.HasField("decode") else now.decode,
+        )
+        before = set(resizing.changes(model))
+        for event in resizing.resize(fleet, model, wanted):
+            self._dispatcher.handle(event)
+        told: pb.ScaleStatus | None = None
+        while True:
+            split = in_use(fleet, model)
+            changes = [change_message(c) for c in resizing.changes(model) if c not in before]
+            done = not resizing.busy(model) and not changing_roles(fleet, model)
+            status = pb.ScaleStatus(prefill=split.prefill, decode=split.decode, changes=changes, done=done)
+            if status != told:
+                await context.write(status)
+                told = status
+            if done:
+                return
+            await self._dispatcher.ticked()
 
     async def drain(self, request: pb.DrainRequest, context: Context) -> None:
         try:

@@ -28,6 +28,7 @@ from coordinator.metrics import Metrics
 from coordinator.metrics_server import MetricsServer
 from coordinator.models import LoadedModel, ServedModel
 from coordinator.planner.control import PlannerControl
+from coordinator.planner.resizing import Resizing, Scaler
 from coordinator.recording import RecordingRegistry
 from coordinator.registry import Registry
 from coordinator.router import Router
@@ -92,9 +93,15 @@ class Coordinator:
         self._tokenisers = ThreadPoolExecutor(_TOKENISER_THREADS, thread_name_prefix="tokenise")
         self._health = HealthServicer()
         self._running: _Running | None = None
+        self._resizing: Resizing | None = None
         self._addresses: dict[WorkerId, tuple[str, str]] = {}
         """Where each worker listens, and its model."""
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def scale_with(self, scaler: Scaler) -> None:
+        """Who starts and ends workers, for operators and for the planner. Call it before `start`."""
+        names = {name: model.name for model in self._served for name in model.names}
+        self._resizing = Resizing(scaler, self._config.planner, names)
 
     async def start(self) -> Endpoints:
         """Load tokenizers and listen. Raises `CheckpointError`, or `ConfigError` when a port is taken."""
@@ -115,7 +122,12 @@ class Coordinator:
         )
         gateway = Gateway(dispatcher, models, _gateway_settings(settings), self._metrics, self._tokenisers)
         server, port = listen(
-            settings, self._config.security, self._keys, gateway, Admin(dispatcher, plans), self._health
+            settings,
+            self._config.security,
+            self._keys,
+            gateway,
+            Admin(dispatcher, plans, self._resizing),
+            self._health,
         )
         metrics_server = _serve_metrics(settings, self._metrics, self._ray_targets)
         console = Console(dispatcher, watch, self._keys, tuple if plans is None else plans.proposals)
@@ -142,7 +154,7 @@ class Coordinator:
         if settings.mode is PlannerMode.OFF:
             return None
         names = [model.name for model in self._served]
-        return PlannerControl(names, settings, self._config.coordinator, self._metrics)
+        return PlannerControl(names, settings, self._config.coordinator, self._metrics, self._resizing)
 
     async def add_worker(self, address: str, *, model: str | None = None) -> WorkerInfo:
         """Dial a worker and put it to use; one of the same name is taken to be replaced, its process ended.

@@ -26,9 +26,10 @@ from coordinator.models import ServedModel
 from coordinator.service import Coordinator
 from pdserve.cluster import kept_ray
 from pdserve.cluster.keeper import KeeperSpec
-from pdserve.cluster.placement import Node, PlacementPlan, plan_placement
+from pdserve.cluster.placement import Node, PlacementPlan, most_ranks, plan_placement
 from pdserve.cluster.ray_host import HostedModel, RayHost
 from pdserve.cluster.ray_session import RaySession, close_session, join_kept, open_session
+from pdserve.cluster.scaling import ClusterScaler
 from pdserve.cluster.supervisor import Supervisor
 from pdserve.core.config import ModelEntry, ServeConfig
 from pdserve.core.errors import ConfigError, PdServeError
@@ -149,7 +150,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
             Supervisor(
                 host,
                 _CoordinatorRegistry(coordinator, model.name),
-                [slot for slot in plan.slots if slot.model == index],
+                [slot for slot in host.slots if slot.model == index],
                 ping_timeout_s=_SILENCE_PER_HEARTBEAT_TIMEOUT * config.coordinator.heartbeat_timeout_s,
                 # Workers that died while nobody watched leave peers that remember an epoch we cannot know.
                 epochs_before=int(time.time()) if host.num_left else 0,
@@ -157,9 +158,17 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
             for index, model in enumerate(served)
         )
         stack.push_async_callback(_stop_all, supervisors)
+        scaler = ClusterScaler(
+            host,
+            {model.name: team for model, team in zip(served, supervisors, strict=True)},
+            place_timeout_s=config.planner.place_timeout_s,
+        )
+        stack.push_async_callback(scaler.stop)
+        coordinator.scale_with(scaler)
         endpoints = await coordinator.start()
         stack.push_async_callback(coordinator.stop, config.coordinator.grace_s)
         await _start_all(supervisors)
+        scaler.go_on()
         watching = asyncio.create_task(host.watch_nodes(), name="watch-nodes")
         stack.callback(watching.cancel)
         if session.keeper is not None:
@@ -362,12 +371,7 @@ def _start_ray(
     if own_token:
         # Ray would write a token into the home directory, for every cluster of this user, and say so.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ranks = sum(
-        role.workers * role.tensor_parallel_size
-        for one in config.of_each_model
-        for role in (one.prefill, one.decode)
-    )
-    num_cpus = max(usable_cores(), ranks * (config.cluster.cpus_per_worker or 1))
+    num_cpus = max(usable_cores(), most_ranks(config) * (config.cluster.cpus_per_worker or 1))
     if kept:
         spec = KeeperSpec(
             settings=config.cluster,

@@ -21,8 +21,8 @@ from coordinator.linear_fit import LinearFit
 from coordinator.planner.demand import Demand
 from coordinator.planner.proposal import Split
 
-KNOWN: Final = 10
-"""Observations that a latency model needs before plans are made with it."""
+KNOWN: Final = 4
+"""Observations that a latency model needs before plans are made with it; a worker's profile has as many."""
 LATE: Final = 0.05
 """Part of the requests that may miss their TTFT target at a prefill stage's capacity."""
 _ROOM: Final = 0.95
@@ -153,16 +153,36 @@ def _step_s(speeds: Speeds, batch: float, demand: Demand) -> float:
     return fixed + batch * (per_seq + per_token * (demand.context + demand.answer / 2))
 
 
-def fleet_capacity(speeds: Speeds, split: Split, demand: Demand, local_share: float) -> float:
-    """Requests per second that are read and written in time.
+class Capacities:
+    """Requests per second that fleets serve in time, of any split: `Capacities(...).of(split)`."""
 
-    local_share: of the time that decode workers have to spare, the part in which they read prompts; 0 where
-    they never do. With x requests per second, 1 - x / written of their time is to spare.
-    """
-    read = prefill_capacity(speeds, split.prefill, demand)
-    written = decode_capacity(speeds, split.decode, demand)
-    mean_s, _ = _service(speeds, demand)
-    if not local_share or not written or mean_s >= demand.ttft_s:
-        return min(read, written)
-    spare = split.decode * local_share / mean_s
-    return min(written, (read + spare) / (1 + spare / written))
+    def __init__(self, speeds: Speeds, demand: Demand, local_share: float) -> None:
+        """local_share: of the time that decode workers have to spare, the part in which they read prompts; 0
+        where they never do."""
+        self._speeds, self._demand, self._local_share = speeds, demand, local_share
+        self._written = decode_capacity(speeds, 1, demand)
+        self._mean_s, _ = _service(speeds, demand)
+        self._read: dict[int, float] = {}
+
+    def read(self, workers: int) -> float:
+        """By so many prefill workers."""
+        if workers not in self._read:
+            self._read[workers] = prefill_capacity(self._speeds, workers, self._demand)
+        return self._read[workers]
+
+    def written(self, workers: int) -> float:
+        """By so many decode workers."""
+        return workers * self._written
+
+    def of(self, split: Split) -> float:
+        """With x requests per second, 1 - x / written of the decode workers' time is to spare."""
+        read, written = self.read(split.prefill), self.written(split.decode)
+        if not self._local_share or not written or self._mean_s >= self._demand.ttft_s:
+            return min(read, written)
+        spare = split.decode * self._local_share / self._mean_s
+        return min(written, (read + spare) / (1 + spare / written))
+
+
+def fleet_capacity(speeds: Speeds, split: Split, demand: Demand, local_share: float) -> float:
+    """Of one split, as `Capacities` has it."""
+    return Capacities(speeds, demand, local_share).of(split)

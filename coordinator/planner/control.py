@@ -1,6 +1,7 @@
 """The planners of a running coordinator: told what its dispatcher sees, asked once in an interval.
 
-`advisory` says what it would do; `active` changes roles. Adding and removing workers is proposed only.
+`advisory` says what it would do; `active` does it: roles change, and workers are added and retired by whoever
+starts them (`coordinator.planner.resizing`). While workers come and go nothing else is changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from coordinator.events import ChangeWorkerRole, Event, NewRequest
 from coordinator.fleet import Fleet
 from coordinator.metrics import Metrics
 from coordinator.planner.planner import LOCAL_SHARE, Planner, PlannerRules
-from coordinator.planner.proposal import Flip, Proposal, Standing
+from coordinator.planner.proposal import Flip, Proposal, Scale, Split, Standing
+from coordinator.planner.resizing import Resizing
 from coordinator.report import Report
 from pdserve.core.config import CoordinatorSettings, LocalPrefill
 from pdserve.core.errors import PdServeError
@@ -22,6 +24,8 @@ from pdserve.core.messages import FinishReason, Role
 from pdserve.core.operation_settings import PlannerMode, PlannerSettings
 
 log = logging.getLogger(__name__)
+
+_MOST_DOUBLINGS: Final = 6
 
 
 def rules_of(settings: PlannerSettings, coordinator: CoordinatorSettings) -> PlannerRules:
@@ -33,7 +37,15 @@ def rules_of(settings: PlannerSettings, coordinator: CoordinatorSettings) -> Pla
         min_gain=settings.min_gain,
         season_s=settings.season_s,
         local_share=0.0 if never else LOCAL_SHARE,
-        scales=settings.budget_workers is not None,
+        scales=any(
+            limit is not None
+            for limit in (
+                settings.budget_workers,
+                settings.budget_devices,
+                settings.max_prefill,
+                settings.max_decode,
+            )
+        ),
     )
 
 
@@ -46,13 +58,19 @@ class PlannerControl:
         settings: PlannerSettings,
         coordinator: CoordinatorSettings,
         metrics: Metrics,
+        resizing: Resizing | None = None,
     ) -> None:
+        """resizing: how workers are added and retired; None: that is proposed only."""
         rules = rules_of(settings, coordinator)
         self.mode: Final = settings.mode
         self._planners = {model: Planner(model, rules) for model in models}
         self._interval_s, self._metrics = settings.interval_s, metrics
         self._next = -math.inf
         self._said: dict[str, str] = {}
+        self._resizing = resizing
+        self._rest_until: dict[str, float] = {}
+        """When adding may be tried again, of models for which it failed."""
+        self._dwell_s = settings.dwell_s
 
     def proposals(self) -> list[Proposal]:
         """The newest of each model that has one."""
@@ -82,15 +100,40 @@ class PlannerControl:
         return events
 
     def _plan(self, planner: Planner, fleet: Fleet, now: float) -> list[Event]:
-        proposal = planner.plan(fleet, now)
-        act = self.mode is PlannerMode.ACTIVE and isinstance(proposal.change, Flip)
-        if proposal.standing is Standing.ACTED and not act:
-            proposal = planner.only_proposed(proposal)
+        resizing, model = self._resizing, planner.model
+        limits = None if resizing is None else resizing.limits(fleet, model)
+        if resizing is not None and resizing.busy(model):
+            planner.changed(now)
+        proposal = planner.plan(fleet, now, limits)
+        events: list[Event] = []
+        if proposal.standing is Standing.ACTED:
+            if self.mode is PlannerMode.ACTIVE and self._may(proposal, now):
+                events = self._act(proposal, fleet, now)
+                planner.changed(now)
+            else:
+                proposal = planner.only_proposed(proposal)
         self._tell(proposal)
-        if proposal.standing is not Standing.ACTED or not isinstance(proposal.change, Flip):
-            return []
-        planner.changed(now)
-        return [ChangeWorkerRole(worker=proposal.change.worker, role=proposal.change.to)]
+        return events
+
+    def _may(self, proposal: Proposal, now: float) -> bool:
+        if isinstance(proposal.change, Flip):
+            return True
+        return self._resizing is not None and now >= self._rest_until.get(proposal.model, now)
+
+    def _act(self, proposal: Proposal, fleet: Fleet, now: float) -> list[Event]:
+        match proposal.change:
+            case Flip(worker=worker, to=role):
+                return [ChangeWorkerRole(worker=worker, role=role)]
+            case Scale(role=role, by=by) if self._resizing is not None:
+                # The next start waits longer the more of them failed.
+                failed = self._resizing.num_failed(proposal.model)
+                self._rest_until[proposal.model] = now + self._dwell_s * 2 ** min(failed, _MOST_DOUBLINGS)
+                split = proposal.now
+                more = (by, 0) if role is Role.PREFILL else (0, by)
+                wanted = Split(split.prefill + more[0], split.decode + more[1])
+                return self._resizing.resize(fleet, proposal.model, wanted)
+            case _:
+                return []
 
     def _tell(self, proposal: Proposal) -> None:
         model, metrics = proposal.model, self._metrics

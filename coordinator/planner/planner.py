@@ -15,17 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from coordinator.fleet import Fleet, WorkerState
-from coordinator.planner.capacity import (
-    Speeds,
-    decode_capacity,
-    fleet_capacity,
-    largest_batch,
-    learned,
-    prefill_capacity,
-)
+from coordinator.fleet import Fleet
+from coordinator.planner.capacity import Capacities, Speeds, largest_batch, learned
 from coordinator.planner.demand import Demand, DemandTracker
+from coordinator.planner.limits import Limits
 from coordinator.planner.proposal import Change, Flip, Proposal, Scale, Split, Standing
+from coordinator.planner.resizing import idlest, workers_in
 from pdserve.core.messages import Role
 
 LEAST_ERROR: Final = 0.05
@@ -34,6 +29,8 @@ LOCAL_SHARE: Final = 0.8
 """Of a decode worker's spare time; a pass over the weights is shared with the answers it writes."""
 _SPARE: Final = 1.25
 """A fleet may shrink to one that serves this many times the demand."""
+_REACH: Final = 16
+"""Workers of a role that one plan adds or takes away at most; in a large fleet half of them, or twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,16 +62,19 @@ class Planner:
     _changed_at: float | None = None
     _held: int = 0
     _held_for: Split | None = None
+    _limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         self.tracker = DemandTracker(self.rules.interval_s, self.rules.season_s)
 
-    def plan(self, fleet: Fleet, now: float) -> Proposal:
-        """What is worth changing, as of now. The change is due when its standing says `ACTED`."""
+    def plan(self, fleet: Fleet, now: float, limits: Limits | None = None) -> Proposal:
+        """What is worth changing, as of now. The change is due when its standing says `ACTED`.
+
+        limits: of the numbers of workers; None: the rules' budget alone.
+        """
         self.tracker.advance(now)
-        workers = [*fleet.of(self.model, Role.PREFILL), *fleet.of(self.model, Role.DECODE)]
-        readers = [w for w in workers if (w.role_asked or w.info.role) is Role.PREFILL]
-        writers = [w for w in workers if (w.role_asked or w.info.role) is Role.DECODE]
+        self._limits = limits or Limits(budget_workers=self.rules.budget)
+        readers, writers = (workers_in(fleet, self.model, role) for role in (Role.PREFILL, Role.DECODE))
         split = Split(len(readers), len(writers))
         speeds = learned([*readers, *writers]) if split.total else None
         demand = self.tracker.demand(self.rules.interval_s)
@@ -83,7 +83,7 @@ class Planner:
         elif not split.prefill:
             proposal = _unknown(self.model, split, "decode workers read prompts themselves here")
         else:
-            proposal = self._judge(demand, speeds, split, readers, writers)
+            proposal = self._judge(demand, speeds, split, fleet)
         self.last = self._settle(proposal, now)
         return self.last
 
@@ -99,36 +99,51 @@ class Planner:
     # --- what is best -----------------------------------------------------------------------------------
 
     def _splits(self, now: Split) -> list[Split]:
-        rules = self.rules
-        most = now.total if rules.budget is None else rules.budget
-        totals = range(2, most + 1) if rules.scales else [now.total]
-        found = []
-        for total in totals:
-            for prefill in range(1, total):
-                split = Split(prefill, total - prefill)
-                if not rules.flips and split.prefill < now.prefill and split.decode > now.decode:
-                    continue
-                if not rules.flips and split.prefill > now.prefill and split.decode < now.decode:
-                    continue
-                found.append(split)
-        return found or [now]
+        """Those to compare: a few dozen numbers of each role, in large fleets not every one."""
+        rules, limits = self.rules, self._limits
+        if not rules.scales:
+            if not rules.flips:
+                return [now]
+            near = _around(now.prefill, limits.min_prefill, now.total - limits.min_decode)
+            return [Split(prefill, now.total - prefill) for prefill in near] or [now]
+        most = limits.may_grow(now)
+        found = [
+            Split(prefill, decode)
+            for prefill in _around(now.prefill, limits.min_prefill, max(most.prefill, now.prefill))
+            for decode in _around(now.decode, limits.min_decode, max(most.decode, now.decode))
+        ]
+        # A role takes up what the other gives, in whatever steps the grid has.
+        found += [
+            Split(prefill, now.total - prefill)
+            for prefill in _around(now.prefill, limits.min_prefill, now.total - limits.min_decode)
+        ]
+        return [split for split in dict.fromkeys(found) if self._may(now, split)] or [now]
+
+    def _may(self, now: Split, split: Split) -> bool:
+        opposed = (split.prefill - now.prefill) * (split.decode - now.decode) < 0
+        if opposed and not self.rules.flips:
+            return False
+        return self._limits.refusal(split) is None
 
     def _judge(
         self,
         demand: Demand,
         speeds: Speeds,
         now: Split,
-        readers: Sequence[WorkerState],
-        writers: Sequence[WorkerState],
+        fleet: Fleet,
     ) -> Proposal:
-        cases = _cases(demand, speeds)
-        worth = {split: self._served(split, cases) for split in self._splits(now)}
-        worth.setdefault(now, self._served(now, cases))
-        best = self._best(worth, demand, speeds, now)
+        likely, *others = [
+            (one, Capacities(fast, one, self.rules.local_share)) for one, fast in _cases(demand, speeds)
+        ]
+        cases = [likely, *others]
+        capacity = likely[1]
+        worth = {split: _served(split, cases) for split in self._splits(now)}
+        worth.setdefault(now, _served(now, cases))
+        best = self._best(worth, demand.rate, capacity, now)
         gains = [one - other for one, other in zip(worth[best], worth[now], strict=True)]
         gain = statistics.fmean(gains)
         uncertainty = statistics.pstdev(gains)
-        wanted_capacity = self._capacity(speeds, best, demand)
+        wanted_capacity = capacity.of(best)
         impossible = _impossible(speeds, demand)
         proposal = Proposal(
             model=self.model,
@@ -139,22 +154,31 @@ class Planner:
             gain=gain,
             uncertainty=uncertainty,
             rate=demand.rate,
-            capacity=self._capacity(speeds, now, demand),
+            capacity=capacity.of(now),
             wanted_capacity=wanted_capacity,
-            reason=self._why(demand, speeds, now, best),
+            reason=_why(demand, capacity, now, best),
         )
         if impossible is not None:
             return replace(proposal, standing=Standing.INFEASIBLE, wanted=now, reason=impossible)
         shrinks = best.total < now.total
         if best != now and (shrinks or gain - uncertainty >= self.rules.min_gain):
-            change = _first_step(now, best, readers, writers)
+            change = self._first_step(now, best, fleet)
             return replace(proposal, standing=Standing.PROPOSED, change=change)
         if wanted_capacity < demand.rate:
             short = f"even {best} serve {wanted_capacity:.2f} of {demand.rate:.2f} requests/s in time"
             return replace(proposal, standing=Standing.INFEASIBLE, reason=short)
         return proposal
 
-    def _best(self, worth: dict[Split, list[float]], demand: Demand, speeds: Speeds, now: Split) -> Split:
+    def _first_step(self, now: Split, wanted: Split, fleet: Fleet) -> Change:
+        """A flip where one role gives what the other wants; else workers are added, or one is retired."""
+        more, less = wanted.prefill - now.prefill, wanted.decode - now.decode
+        if more * less < 0:
+            gives, takes = (Role.DECODE, Role.PREFILL) if more > 0 else (Role.PREFILL, Role.DECODE)
+            return Flip(worker=idlest(fleet, self.model, gives)[0].id, to=takes)
+        role, by = (Role.PREFILL, more) if abs(more) >= abs(less) else (Role.DECODE, less)
+        return Scale(role=role, by=max(by, -1))
+
+    def _best(self, worth: dict[Split, list[float]], rate: float, capacity: Capacities, now: Split) -> Split:
         """What serves most; of those that serve about as much, the smallest, then what changes least."""
         means = {split: statistics.fmean(values) for split, values in worth.items()}
         top = max(means.values())
@@ -163,32 +187,10 @@ class Planner:
         def spare(split: Split) -> bool:
             if split.total >= now.total:
                 return True
-            return self._capacity(speeds, split, demand) >= _SPARE * demand.rate
+            return capacity.of(split) >= _SPARE * rate
 
         enough = [s for s in enough if spare(s)] or [max(means, key=means.__getitem__)]
         return min(enough, key=lambda s: (s.total, -means[s], abs(s.prefill - now.prefill)))
-
-    def _capacity(self, speeds: Speeds, split: Split, demand: Demand) -> float:
-        return fleet_capacity(speeds, split, demand, self.rules.local_share)
-
-    def _served(self, split: Split, cases: Sequence[tuple[Demand, Speeds]]) -> list[float]:
-        """Part of the demand that comes in time, in each case."""
-        return [
-            min(1.0, self._capacity(speeds, split, demand) / demand.rate) if demand.rate > 0 else 1.0
-            for demand, speeds in cases
-        ]
-
-    def _why(self, demand: Demand, speeds: Speeds, now: Split, best: Split) -> str:
-        read = prefill_capacity(speeds, now.prefill, demand)
-        written = decode_capacity(speeds, now.decode, demand)
-        text = (
-            f"{demand.rate:.2f} ± {demand.rate_std:.2f} requests/s are predicted, of {demand.context:.0f} + "
-            f"{demand.answer:.0f} tokens; {now} read {read:.2f}/s and write {written:.2f}/s in time, "
-            f"together {self._capacity(speeds, now, demand):.2f}/s"
-        )
-        if best == now:
-            return text
-        return f"{text}; {best} would serve {self._capacity(speeds, best, demand):.2f}/s"
 
     # --- whether to do it -------------------------------------------------------------------------------
 
@@ -206,6 +208,23 @@ class Planner:
         if self._held < self.rules.confirmations or not rested or proposal.change is None:
             return proposal
         return replace(proposal, standing=Standing.ACTED)
+
+
+def _served(split: Split, cases: Sequence[tuple[Demand, Capacities]]) -> list[float]:
+    """Part of the demand that comes in time, in each case."""
+    return [
+        min(1.0, capacity.of(split) / demand.rate) if demand.rate > 0 else 1.0 for demand, capacity in cases
+    ]
+
+
+def _why(demand: Demand, capacity: Capacities, now: Split, best: Split) -> str:
+    read, written = capacity.read(now.prefill), capacity.written(now.decode)
+    text = (
+        f"{demand.rate:.2f} ± {demand.rate_std:.2f} requests/s are predicted, of {demand.context:.0f} + "
+        f"{demand.answer:.0f} tokens; {now} read {read:.2f}/s and write {written:.2f}/s in time, "
+        f"together {capacity.of(now):.2f}/s"
+    )
+    return text if best == now else f"{text}; {best} would serve {capacity.of(best):.2f}/s"
 
 
 def _direction(now: Split, wanted: Split) -> tuple[int, int]:
@@ -226,20 +245,11 @@ def _cases(demand: Demand, speeds: Speeds) -> list[tuple[Demand, Speeds]]:
     return cases
 
 
-def _first_step(
-    now: Split, wanted: Split, readers: Sequence[WorkerState], writers: Sequence[WorkerState]
-) -> Change:
-    """A flip where one role gives what the other wants; else workers are added or removed."""
-    more, less = wanted.prefill - now.prefill, wanted.decode - now.decode
-    if more > 0 > less:
-        idlest = min(writers, key=lambda w: (len(w.blocks_placed), w.id))
-        return Flip(worker=idlest.id, to=Role.PREFILL)
-    if less > 0 > more:
-        idlest = min(readers, key=lambda w: (w.work_left.tokens, w.id))
-        return Flip(worker=idlest.id, to=Role.DECODE)
-    if abs(more) >= abs(less):
-        return Scale(role=Role.PREFILL, by=more)
-    return Scale(role=Role.DECODE, by=less)
+def _around(now: int, least: int, most: int) -> list[int]:
+    """Numbers in [least, most] to try: all near `now`, in a fleet of hundreds in steps."""
+    low, high = max(least, now - max(_REACH, now // 2)), min(most, now + max(_REACH, now))
+    step = max(1, (high - low) // (2 * _REACH))
+    return sorted({n for n in (*range(low, high + 1, step), now, high) if least <= n <= most})
 
 
 def _impossible(speeds: Speeds, demand: Demand) -> str | None:

@@ -11,13 +11,12 @@ import sys
 from typing import Annotated, Final
 
 import typer
-from rich.logging import RichHandler
 
 from pdserve import __version__
 from pdserve.cli.access import ApiKey, TlsCa, TlsCert, TlsKey, remember
 from pdserve.cli.bench import bench_app
 from pdserve.cli.configuration import config_app
-from pdserve.cli.console import ERR, fail
+from pdserve.cli.console import fail, log_handler
 from pdserve.cli.demo import demo
 from pdserve.cli.deploy import deploy_app
 from pdserve.cli.doctor import doctor
@@ -30,6 +29,7 @@ from pdserve.cli.logs import logs
 from pdserve.cli.models import models_app
 from pdserve.cli.plan import plan
 from pdserve.cli.replay import replay
+from pdserve.cli.scale import scale
 from pdserve.cli.serve import serve
 from pdserve.cli.simulate import simulate
 from pdserve.client import Access
@@ -55,9 +55,10 @@ app.command()(serve)
 app.command()(generate)
 app.command()(demo)
 app.command()(doctor)
-app.command()(drain)
 app.command()(health)
+app.command()(drain)
 app.command()(undrain)
+app.command()(scale)
 app.command()(explain)
 app.command()(logs)
 app.command()(plan)
@@ -93,7 +94,7 @@ def _options(
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(name)s: %(message)s" if verbose else "%(message)s",
-        handlers=[RichHandler(console=ERR, show_path=False, markup=False)],
+        handlers=[log_handler()],
     )
 
 

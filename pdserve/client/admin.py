@@ -56,6 +56,32 @@ def drain(
             call.cancel()  # type: ignore[no-untyped-call]  # the stubs leave its type out
 
 
+def scale(
+    address: str,
+    *,
+    model: str = "",
+    prefill: int | None = None,
+    decode: int | None = None,
+    access: Access = OPEN_ACCESS,
+) -> Iterator[pb.ScaleStatus]:
+    """Start or retire workers of a model until it has so many; yields how far that is whenever it changes.
+
+    What was begun goes on when the caller leaves. The fields are described in admin.proto. Raises a
+    `PdServeError`: `InvalidRequest` for what the planner's limits forbid, ...
+    """
+    with access.channel(address) as channel:
+        call = channel.unary_stream(
+            f"{_SERVICE}Scale", pb.ScaleRequest.SerializeToString, pb.ScaleStatus.FromString
+        )(pb.ScaleRequest(model=model, prefill=prefill, decode=decode))
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            metadata = call.trailing_metadata() or ()
+            raise error_from(call.code(), call.details() or "", metadata) from error
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call]  # the stubs leave its type out
+
+
 def plan(address: str, *, timeout_s: float = 10.0, access: Access = OPEN_ACCESS) -> pb.Plans:
     """The newest plan of each model; the fields are described in admin.proto. Raises a `PdServeError`."""
     with access.channel(address) as channel:

@@ -6,15 +6,15 @@ checked here, and said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
-from pdserve.worker.ranks.names import rank_id
+from pdserve.worker.ranks.names import rank_id, worker_of
 
 _ACCELERATOR_PREFIX: Final = "accelerator_type:"
 _SLIVER: Final = 0.001
@@ -38,11 +38,13 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSlot:
-    """One worker to be placed: bundle `index` of its role's placement group."""
+    """One worker to be placed."""
 
     worker: WorkerId
     role: Role
+    """In which it starts."""
     index: int
+    """Its number among the workers of its role; never used again for another."""
     model: int = 0
     """Which of the configured models it serves, counted from 0."""
     ranks: int = 1
@@ -76,8 +78,7 @@ class PlacementPlan:
         return int(1 / self.gpus_per_worker) if 0 < self.gpus_per_worker < 1 else 1
 
     def bundle(self, role: Role, ranks: int = 1) -> dict[str, float]:
-        """What one worker reserves in its role's placement group. Ray never divides a bundle between nodes:
-        all of its ranks are on one."""
+        """What one worker reserves. Ray never divides a bundle between nodes: all of its ranks are on one."""
         wanted: dict[str, float] = {"CPU": float(self.cpus_per_worker * ranks)}
         if self.uses_gpus:
             wanted["GPU"] = self.gpus_per_worker * ranks
@@ -138,13 +139,42 @@ def plan_placement(config: ServeConfig, nodes: Sequence[Node]) -> PlacementPlan:
     plan = PlacementPlan(
         prefill=prefill,
         decode=decode,
-        cpus_per_worker=_cpus_per_worker(config, num_ranks, nodes, on_gpu=gpus > 0),
+        cpus_per_worker=_cpus_per_worker(config, most_ranks(config), nodes, on_gpu=gpus > 0),
         gpus_per_worker=gpus,
         accelerator_type=wanted_type,
         node_resources=_node_resources(config),
     )
     _require_room(plan, nodes)
     return plan
+
+
+def most_ranks(config: ServeConfig) -> int:
+    """Of all workers, were there as many of each role as there may be (`planner.max_prefill`, ...)."""
+    planner = config.planner
+    return sum(
+        max(role.workers, most or 0) * role.tensor_parallel_size
+        for one in config.of_each_model
+        for role, most in ((one.prefill, planner.max_prefill), (one.decode, planner.max_decode))
+    )
+
+
+def next_slot(
+    plan: PlacementPlan, config: ServeConfig, known: Iterable[WorkerSlot], role: Role, model: int
+) -> WorkerSlot:
+    """A worker that is added. known: all there were since the deployment began."""
+    one = config.of_each_model[model]
+    index = 1 + max((slot.index for slot in (*plan.slots, *known) if slot.role is role), default=-1)
+    ranks = (one.prefill if role is Role.PREFILL else one.decode).tensor_parallel_size
+    return WorkerSlot(
+        worker=WorkerId(f"{role.value}-{index}"), role=role, index=index, model=model, ranks=ranks
+    )
+
+
+def require_room(
+    plan: PlacementPlan, slots: Sequence[WorkerSlot], new: WorkerSlot, nodes: Sequence[Node]
+) -> None:
+    """Whether `new` fits beside `slots` on nodes that will not become more. Raises `ConfigError`."""
+    _require_room(replace(plan, prefill=(), decode=(*slots, new)), nodes)
 
 
 def core_slots(
@@ -155,19 +185,37 @@ def core_slots(
     Each rank of a worker of several has its own, by its `rank_id`. Workers of one node get disjoint cores
     while there are enough, then share them in turn. GPU workers are left to the operating system.
     """
-    if plan.uses_gpus:
-        return {worker: () for slot in plan.slots for worker in slot_ranks(slot)}
-    cores = {node.id: max(1, node.cpus) for node in nodes}
-    taken: dict[str, int] = {}
     pinned: dict[WorkerId, tuple[int, ...]] = {}
     for slot in plan.slots:
-        node = node_of[slot.worker]
-        for rank in slot_ranks(slot):
-            first = taken.get(node, 0)
-            taken[node] = first + plan.cpus_per_worker
-            wanted = range(first, first + min(plan.cpus_per_worker, cores[node]))
-            pinned[rank] = tuple(sorted({core % cores[node] for core in wanted}))
+        pinned |= slot_cores(plan, slot, pinned, node_of, nodes)
     return pinned
+
+
+def slot_cores(
+    plan: PlacementPlan,
+    slot: WorkerSlot,
+    pinned: Mapping[WorkerId, tuple[int, ...]],
+    node_of: Mapping[WorkerId, str],
+    nodes: Sequence[Node],
+) -> dict[WorkerId, tuple[int, ...]]:
+    """Those of one worker's ranks, beside workers that have theirs (`pinned`): the cores of its node that
+    the fewest use."""
+    if plan.uses_gpus:
+        return dict.fromkeys(slot_ranks(slot), ())
+    here = node_of[slot.worker]
+    cores = max(1, next((node.cpus for node in nodes if node.id == here), 1))
+    users = [0] * cores
+    for rank, taken in pinned.items():
+        if node_of.get(worker_of(rank)) == here:
+            for core in taken:
+                users[core % cores] += 1
+    found = {}
+    for rank in slot_ranks(slot):
+        best = sorted(range(cores), key=lambda core: (users[core], core))[: plan.cpus_per_worker]
+        for core in best:
+            users[core] += 1
+        found[rank] = tuple(sorted(best))
+    return found
 
 
 def slot_ranks(slot: WorkerSlot) -> list[WorkerId]:
@@ -210,11 +258,13 @@ def _require_no_tiers(config: ServeConfig) -> None:
 def _gpus_per_worker(config: ServeConfig, num_ranks: int, nodes: Sequence[Node]) -> float:
     total = sum(node.gpus for node in nodes)
     asked = config.cluster.gpus_per_worker
+    workers = sum(one.prefill.workers + one.decode.workers for one in config.of_each_model)
+    who = f"{workers} workers" if workers == num_ranks else f"{num_ranks} ranks of {workers} workers"
     if asked is not None:
         if asked * num_ranks > total + 1e-9:
             raise ConfigError(
-                f"{num_ranks} workers want {asked:g} GPUs each, the cluster has {total:g}; start fewer "
-                "workers, or let them share: cluster.gpus_per_worker below 1"
+                f"{who} want {asked:g} GPUs each, the cluster has {total:g}; start fewer workers, or let them "
+                "share: cluster.gpus_per_worker below 1"
             )
         return asked
     if total == 0:

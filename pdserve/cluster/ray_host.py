@@ -19,17 +19,20 @@ from typing import Any, Final
 
 import psutil
 import ray
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_current_placement_group,
-    get_placement_group,
-    placement_group,
-    placement_group_table,
-)
+from ray.util.placement_group import get_current_placement_group
 from ray.util.placement_group import remove_placement_group as remove_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pdserve.cluster.placement import PlacementPlan, WorkerSlot, core_slots, slot_ranks
+from pdserve.cluster import fleet_record
+from pdserve.cluster.groups import WorkerGroups
+from pdserve.cluster.placement import (
+    PlacementPlan,
+    WorkerSlot,
+    next_slot,
+    require_room,
+    slot_cores,
+    slot_ranks,
+)
 from pdserve.cluster.ray_session import NAMESPACE, RaySession
 from pdserve.cluster.ray_worker import OnProgress, RayWorker, first_line
 from pdserve.core.config import CacheSettings, ServeConfig
@@ -96,7 +99,11 @@ class RayHost:
         self._going: frozenset[str] = frozenset()
         """Nodes that will be taken away."""
         self._on_progress = on_progress
-        self._groups: dict[Role, PlacementGroup] = {}
+        self._groups = WorkerGroups(plan, detached=self.outlives_us)
+        self._slots: dict[WorkerSlot, bool] = {}
+        """Every worker there shall be, or still is; whether it is being retired."""
+        self._ever: set[WorkerSlot] = set()
+        """Also those that are no more: no name is used twice."""
         self._node_of: dict[WorkerId, str] = {}
         self._pinned: dict[WorkerId, tuple[int, ...]] = {}
 
@@ -110,50 +117,107 @@ class RayHost:
         """Workers of a killed launcher that may live, and that `launch` has not looked at yet."""
         return len(self._left)
 
+    @property
+    def slots(self) -> tuple[WorkerSlot, ...]:
+        """Every worker there shall be, or still is: those of the plan, but for what was added and retired."""
+        return tuple(self._slots)
+
+    @property
+    def leaving(self) -> tuple[WorkerSlot, ...]:
+        """Those that were being retired when the launcher before this one was killed."""
+        return tuple(slot for slot, leaving in self._slots.items() if leaving)
+
     async def reserve(self) -> None:
-        """Make a placement group for prefill and one for decode, or find those a killed launcher left.
+        """Make a placement group for each worker, or find those a killed launcher left.
 
         Raises `ConfigError` without room.
         """
-        timeout_s = self._config.cluster.start_timeout_s
-        if self.outlives_us:
-            self._left = {s.worker: actor for s in self._plan.slots if (actor := _find(s.worker))}
-            if self._left:
-                log.warning("found %s running; taking over", ", ".join(sorted(self._left)))
-        for role, slots in ((Role.PREFILL, self._plan.prefill), (Role.DECODE, self._plan.decode)):
-            if not slots:
-                continue
-            group = self._groups[role] = self._group(role, slots)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await group.ready()
-            except TimeoutError:
-                raise ConfigError(
-                    f"the cluster had no room for {len(slots)} {role.value} workers of "
-                    f"{self._plan.bundle(role)} within {timeout_s:g} s; free some, or start fewer"
-                ) from None
-            nodes: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
-            self._node_of |= {slot.worker: nodes[slot.index] for slot in slots}
-        self._pinned = core_slots(self._plan, self._node_of, self._session.nodes())
+        self._slots = self._wanted()
+        self._ever |= self._slots.keys()
+        # The role that is choosier about its nodes takes them first, as it was planned.
+        choosy = sorted(self._slots, key=lambda s: (s.role not in self._plan.node_resources, -s.ranks))
+        self._groups.claim(choosy)
+        await self._place(choosy, self._config.cluster.start_timeout_s)
 
-    def _group(self, role: Role, slots: Sequence[WorkerSlot]) -> PlacementGroup:
-        name, bundles = f"{NAMESPACE}-{role.value}", [self._plan.bundle(role, slot.ranks) for slot in slots]
+    def _wanted(self) -> dict[WorkerSlot, bool]:
+        """The workers of the plan, or those that a killed launcher had; notes which of them live."""
+        planned = dict.fromkeys(self._plan.slots, False)
+        if not self.outlives_us:
+            return planned
+        known = fleet_record.load(self._identity) or planned
+        self._ever |= known.keys()
+        self._left = {slot.worker: actor for slot in known if (actor := _find(slot.worker))}
+        if self._left:
+            log.warning("found %s running; taking over", ", ".join(sorted(self._left)))
+        wanted = {}
+        for slot, leaving in known.items():
+            if slot.worker in self._left or (slot in planned and not leaving):
+                wanted[slot] = leaving
+            else:  # it was about to start, or has ended: nothing of it is left
+                self._groups.forget_left(slot.worker)
+        return wanted
+
+    async def _place(self, slots: Sequence[WorkerSlot], timeout_s: float) -> None:
+        self._node_of |= await self._groups.placed(slots, timeout_s)
+        nodes = self._session.nodes()
+        for slot in sorted(slots, key=lambda slot: (slot.role is not Role.PREFILL, slot.index)):
+            self._pinned |= slot_cores(self._plan, slot, self._pinned, self._node_of, nodes)
+        self._record()
+
+    def _record(self) -> None:
         if self.outlives_us:
-            with contextlib.suppress(ValueError):  # there is none
-                left: PlacementGroup = get_placement_group(name)
-                if left.bundle_specs == bundles:
-                    return left
-                remove_group(left)
-        made: PlacementGroup = placement_group(
-            bundles, strategy="PACK", name=name, lifetime="detached" if self.outlives_us else None
-        )
-        return made
+            fleet_record.save(self._identity, self._slots)
 
     def release(self) -> None:
-        """Give the placement groups back."""
-        for group in self._groups.values():
-            remove_group(group)
-        self._groups.clear()
+        """Give all places back."""
+        self._groups.release_all()
+        if self.outlives_us:
+            fleet_record.forget()
+
+    # --- workers that are added and retired -------------------------------------------------------------
+
+    def add_slot(self, role: Role, model: int) -> WorkerSlot:
+        """A new worker's, which has no place yet."""
+        slot = next_slot(self._plan, self._config, self._ever, role, model)
+        self._ever.add(slot)
+        return slot
+
+    async def place(self, slot: WorkerSlot, timeout_s: float) -> None:
+        """Find a place for it; on a cluster that others run, Ray's autoscaler may bring a node.
+
+        Raises `ConfigError` when there is none: at once on a machine of our own, else after `timeout_s`.
+        """
+        if self._session.local:
+            require_room(self._plan, self.slots, slot, self._session.nodes())
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.give_back, slot)
+            self._slots[slot] = False
+            self._groups.claim([slot])
+            await self._place([slot], timeout_s)
+            undo.pop_all()
+
+    def retires(self, slot: WorkerSlot) -> None:
+        """It will be given back, also if this process is killed meanwhile."""
+        self._slots[slot] = True
+        self._record()
+
+    def give_back(self, slot: WorkerSlot) -> None:
+        """It is no more, or never was. Unknown ones: nothing."""
+        self._groups.release(slot.worker)
+        self._slots.pop(slot, None)
+        self._workers.pop(slot.worker, None)
+        for rank in slot_ranks(slot):
+            self._pinned.pop(rank, None)
+        self._node_of.pop(slot.worker, None)
+        self._record()
+
+    def devices(self, role: Role, model: int) -> float:
+        """What one worker takes: GPUs, or cores where it computes on a CPU."""
+        one = self._models[model].config
+        ranks = (one.prefill if role is Role.PREFILL else one.decode).tensor_parallel_size
+        return ranks * (self._plan.gpus_per_worker if self._plan.uses_gpus else self._plan.cpus_per_worker)
+
+    # --- processes --------------------------------------------------------------------------------------
 
     async def launch(self, slot: WorkerSlot, epoch: int) -> RayWorker:
         """Start one worker and wait until it listens, or take over one that was left running.
@@ -180,9 +244,10 @@ class RayHost:
                 log.warning("Ray does not say which nodes go: %s", first_line(error))
                 gone_at = {}
             self._going = frozenset(gone_at)
-            for name, worker in self._workers.items():
+            for name, worker in tuple(self._workers.items()):
                 if worker.node in gone_at and (name, worker.epoch) not in told:
                     told.add((name, worker.epoch))
+                    log.warning("the node of %s is about to be taken away: draining it", name)
                     await worker.retire(_seconds_until(gone_at[worker.node]))
             await asyncio.sleep(_LOOK_AT_NODES_S)
 
@@ -194,25 +259,23 @@ class RayHost:
             self._find_node(slot)
         spec = self._spec(slot, epoch)
         worker = await self._create_ranks(slot, spec)
-        try:
-            async with asyncio.timeout(self._config.cluster.start_timeout_s):
-                await worker.start(self._on_progress)
-        except TimeoutError:
-            await worker.kill()
-            raise WorkerLost(
-                slot.worker, f"not ready within {self._config.cluster.start_timeout_s:g} s"
-            ) from None
-        except BaseException:
-            await worker.kill()
-            raise
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(worker.kill)
+            try:
+                async with asyncio.timeout(self._config.cluster.start_timeout_s):
+                    await worker.start(self._on_progress)
+            except TimeoutError:
+                raise WorkerLost(
+                    slot.worker, f"not ready within {self._config.cluster.start_timeout_s:g} s"
+                ) from None
+            undo.pop_all()
         if self.outlives_us and worker.pidfd is not None:
             self._pid_file(slot.worker).write_text(str(worker.pid))
         return worker
 
     def _find_node(self, slot: WorkerSlot) -> None:
-        """Ray moves the bundles of a node that is gone to another."""
-        nodes: Mapping[int, str] = placement_group_table(self._groups[slot.role])["bundles_to_node_id"]
-        self._node_of[slot.worker] = nodes.get(slot.index) or self._node_of[slot.worker]
+        """Ray moves the bundle of a node that is gone to another."""
+        self._node_of[slot.worker] = self._groups.node_of(slot.worker) or self._node_of[slot.worker]
 
     async def _adopt(self, slot: WorkerSlot, actor: Any) -> RayWorker | None:
         """The worker behind `actor`; None when it cannot be used: then its process has been ended."""
@@ -289,13 +352,16 @@ class RayHost:
         return RankSpec(rank=0, size=slot.ranks, meeting=root / f"{name}.ranks")
 
     def _core_share(self, slot: WorkerSlot) -> CoreShare | None:
-        """None on GPUs, beside workers of several ranks, and where workers are on other machines than the
-        board."""
+        """None on GPUs, beside workers of several ranks, where workers are on other machines than the board,
+        and for workers that were added."""
         if self._plan.uses_gpus or not self._config.cluster.lend_cores or not self._all_here():
             return None
         if any(other.ranks > 1 for other in self._plan.slots):  # ranks wait for one another: none may lag
             return None
-        indexed = [(index, other.worker) for index, other in enumerate(self._plan.slots)]
+        planned = [(index, other.worker) for index, other in enumerate(self._plan.slots)]
+        indexed = [(index, worker) for index, worker in planned if worker in self._pinned]
+        if slot.worker not in dict(indexed).values():  # it was added: the others know nothing of its cores
+            return None
         return CoreShare(
             board=self._session.run_dir.path / "cores",
             index=next(index for index, worker in indexed if worker == slot.worker),
@@ -351,7 +417,7 @@ class RayHost:
             num_gpus=self._plan.gpus_per_worker,
             accelerator_type=self._plan.accelerator_type,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._groups[slot.role], placement_group_bundle_index=slot.index
+                placement_group=self._groups.of(slot.worker), placement_group_bundle_index=0
             ),
         )
         deadline = asyncio.get_running_loop().time() + _NAME_RELEASE_S
@@ -383,7 +449,7 @@ def _find(worker: str) -> Any:
 
 
 def _give_group_back() -> None:
-    """In a worker that ends because nobody came back for it: the others are alone too."""
+    """In a worker that ends because nobody came back for it."""
     group = get_current_placement_group()
     if group is not None:
         remove_group(group)

@@ -18,6 +18,7 @@ from pdserve.cluster.ray_session import RaySession
 from pdserve.core import errors
 from pdserve.core.errors import CheckpointError, ConfigError, PdServeError, WorkerLost
 from pdserve.core.ids import WorkerId
+from pdserve.core.logs import is_said_in_passing
 from pdserve.worker.hosting import NotStarted, Progress, Started, StartStep
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,6 @@ class RayWorker:
 
     async def retire(self, timeout_s: float | None) -> None:
         """Tell it to hand over what it runs and to end, within `timeout_s` (None: as configured)."""
-        log.warning("the node of %s is about to be taken away: draining it", self.worker)
         try:
             await self.actor.retire.remote(timeout_s)
         except ray.exceptions.RayError as error:
@@ -168,7 +168,7 @@ class RayWorker:
         if "SIGKILL" in str(error) or "OOM" in str(error).partition("Some common causes")[0]:
             why += ", killed"
         tail = _log_tail(self.session.log_dir, self.pid)
-        return f"{why}; it last wrote:\n{tail}" if tail else why
+        return f"{why}; it last wrote:\n{tail}" if tail else f"{why} without a warning of its own"
 
 
 def _typed(worker: WorkerId, error: str, message: str) -> PdServeError:
@@ -188,7 +188,8 @@ def _log_tail(log_dir: Path | None, pid: int) -> str:
     for path in log_dir.glob(f"worker-*-{pid}.err"):
         lines += path.read_text(errors="replace").splitlines()
     # Ray's own marks begin with a colon.
-    return "\n".join([line for line in lines if not line.startswith(":")][-_LOG_TAIL_LINES:])
+    telling = [line for line in lines if not line.startswith(":") and not is_said_in_passing(line)]
+    return "\n".join(telling[-_LOG_TAIL_LINES:])
 
 
 async def _readable(fd: int) -> None:

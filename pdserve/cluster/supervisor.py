@@ -14,6 +14,7 @@ epoch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,10 @@ class WorkerHandle(Protocol):
 
     async def ping(self) -> None:
         """Return when the process answered."""
+        ...
+
+    async def retire(self, timeout_s: float | None) -> None:
+        """Tell it to hand over what it runs and to end, within `timeout_s`; None: as configured."""
         ...
 
     async def stop(self, grace_s: float) -> None:
@@ -103,6 +108,8 @@ class _Watched:
     handle: WorkerHandle | None = None
     started: float = 0.0
     backoff: Backoff = field(default_factory=Backoff)
+    leaving: bool = False
+    """Its end is wanted: it gets no successor."""
     task: asyncio.Task[None] | None = None
 
 
@@ -123,7 +130,8 @@ class Supervisor:
         """epochs_before: no incarnation before us had a higher one; processes that it met may live on."""
         self._host, self._registry = host, registry
         self._ping_timeout_s, self._sleep = ping_timeout_s, sleep
-        self._watched = [_Watched(slot, epoch=epochs_before, backoff=backoff()) for slot in slots]
+        self._epochs_before, self._backoff = epochs_before, backoff
+        self._watched = [self._watch(slot) for slot in slots]
 
     async def start(self) -> None:
         """Start every worker at once; the first that cannot start fails the deployment, typed."""
@@ -134,9 +142,40 @@ class Supervisor:
         except* PdServeError as failures:
             raise failures.exceptions[0] from None
         for watched in self._watched:
-            watched.task = asyncio.create_task(
-                self._keep_alive(watched), name=f"supervise-{watched.slot.worker}"
-            )
+            self._supervise(watched)
+
+    async def add(self, slot: WorkerSlot) -> None:
+        """Start one more and keep it alive. Raises what its start does; nothing of it is left then."""
+        watched = self._watch(slot)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self._bury, watched, "it could not be put to use")
+            await self._launch(watched)
+            undo.pop_all()
+        self._watched.append(watched)
+        self._supervise(watched)
+
+    async def retire(self, worker: WorkerId, timeout_s: float | None = None) -> None:
+        """Have it hand over what it runs and end; returns when its process has ended. It gets no successor.
+
+        timeout_s: as `WorkerHandle.retire` takes it. Unknown workers: nothing.
+        """
+        watched = next((w for w in self._watched if w.slot.worker == worker), None)
+        if watched is None or watched.task is None:
+            return
+        watched.leaving = True
+        if watched.handle is None:
+            watched.task.cancel()  # it is dead, and waits to be started again
+        else:
+            await watched.handle.retire(timeout_s)
+        await asyncio.wait({watched.task})
+        if watched.handle is None:
+            self._watched.remove(watched)
+
+    def _watch(self, slot: WorkerSlot) -> _Watched:
+        return _Watched(slot, epoch=self._epochs_before, backoff=self._backoff())
+
+    def _supervise(self, watched: _Watched) -> None:
+        watched.task = asyncio.create_task(self._keep_alive(watched), name=f"supervise-{watched.slot.worker}")
 
     async def stop(self, grace_s: float) -> None:
         """Stop watching, then stop every worker that lives."""
@@ -170,6 +209,8 @@ class Supervisor:
                 await self._bury(watched, why)
             else:
                 lived_s = 0.0
+            if watched.leaving:
+                return
             wait_s = watched.backoff.after(lived_s)
             if wait_s > 0:
                 log.warning("%s starts again in %.1f s", watched.slot.worker, wait_s)
@@ -187,7 +228,8 @@ class Supervisor:
         handle, watched.handle = watched.handle, None
         if handle is None:
             return
-        log.error("%s (epoch %d) is dead: %s", watched.slot.worker, watched.epoch, why)
+        level = logging.INFO if watched.leaving else logging.ERROR
+        log.log(level, "%s (epoch %d) is dead: %s", watched.slot.worker, watched.epoch, why)
         # The process first: once the coordinator hears, it tells peers that nothing of it writes any more.
         await handle.kill()
         await self._registry.remove(watched.slot.worker, why)

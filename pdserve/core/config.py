@@ -104,9 +104,11 @@ class CacheSettings(Frozen):
     """auto: the model's dtype. fp8_e4m3: 8 bits a number, so half of the memory and of every transfer, and
     answers that differ a little; workers of one deployment must have the same."""
     num_blocks: PositiveInt | None = None
-    """Blocks per worker; derived from memory_gib when not given."""
+    """Blocks per worker; derived from memory_gib when not given. Each rank of a worker has as many, of its
+    own heads."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """KV pool per worker. Default: 1 GiB on a CPU, what is left of gpu_memory_utilization on a GPU."""
+    """KV pool per worker; of one rank, where tensor_parallel_size is above 1. Default: 1 GiB on a CPU, what
+    is left of gpu_memory_utilization on a GPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a GPU's memory for weights, activations and KV; divided where workers share a GPU."""
     enable_prefix_caching: bool = True
@@ -223,14 +225,16 @@ class ClusterSettings(Frozen):
     accelerator_type: str | None = None
     """As Ray names it (H100, H200, A100); None takes any GPU, or the CPU where there is none."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
-    """None: 1 where the cluster has enough GPUs, a share where it has fewer, 0 where it has none."""
+    """Of one rank of a worker, where tensor_parallel_size is above 1. None: 1 where the cluster has enough
+    GPUs, a share where it has fewer, 0 where it has none."""
     prefill_node_resource: NodeResource = None
     """Prefill workers go only to nodes that offer this custom Ray resource, as started with
     `ray start --resources='{"prefill": 1}'`: a group of machines of their own. Any node by default."""
     decode_node_resource: NodeResource = None
     """The same for decode workers."""
     cpus_per_worker: PositiveInt | None = None
-    """None: the machine's cores divided among the workers."""
+    """Of one rank of a worker, where tensor_parallel_size is above 1. None: the machine's cores divided among
+    all ranks."""
     lend_cores: bool = True
     """CPU workers of one machine: a prefill worker also computes on the cores of decode workers that have
     nothing to do."""

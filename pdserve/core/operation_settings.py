@@ -51,7 +51,7 @@ class TracingSettings(Frozen):
 
 
 class PlannerMode(StrEnum):
-    """off: nothing is planned. advisory: proposals are shown. active: roles are changed as proposed."""
+    """off: nothing is planned. advisory: proposals are shown. active: they are also carried out."""
 
     OFF = "off"
     ADVISORY = "advisory"
@@ -61,10 +61,23 @@ class PlannerMode(StrEnum):
 class PlannerSettings(Frozen):
     mode: Annotated[PlannerMode, BeforeValidator(off)] = PlannerMode.ADVISORY
     """off; advisory: propose how many workers of each role the load wants, see `pdserve plan`; active: also
-    change the roles of workers."""
+    change the roles of workers, and add and retire some within the limits below."""
     budget_workers: PositiveInt | None = None
-    """Workers of a model at most, so that adding and removing some is proposed too (never done); nothing: as
-    many as there are."""
+    """Workers of a model at most. Without it, a budget of devices or a maximum, none are added or retired."""
+    budget_devices: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """GPUs (cores, where workers compute on CPUs) that the workers of all models may take together."""
+    min_prefill: PositiveInt = 1
+    """Prefill workers of a model that are always kept."""
+    max_prefill: PositiveInt | None = None
+    """Prefill workers of a model at most; nothing: as the budgets allow, and none are added without one. The
+    cores of a machine of our own are divided among as many workers as there may be."""
+    min_decode: PositiveInt = 1
+    """Decode workers of a model that are always kept."""
+    max_decode: PositiveInt | None = None
+    """Decode workers of a model at most, as `max_prefill`."""
+    place_timeout_s: Seconds = 600.0
+    """How long a worker that is added waits for room, in which Ray's autoscaler may bring a node; then it is
+    given up."""
     interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     """Between two plans, and what demand is counted in."""
     dwell_s: Seconds = 60.0
@@ -73,6 +86,16 @@ class PlannerSettings(Frozen):
     """Part of the requests that a change must bring in time, beyond its own uncertainty."""
     season_s: Annotated[float, Field(ge=0)] = 0.0
     """After which the load repeats, 86400 for a day; 0: it is not known to."""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> Self:
+        for role, least, most in (
+            ("prefill", self.min_prefill, self.max_prefill),
+            ("decode", self.min_decode, self.max_decode),
+        ):
+            if most is not None and least > most:
+                raise ValueError(f"min_{role} is {least}, max_{role} is {most}")
+        return self
 
 
 class CostSettings(Frozen):

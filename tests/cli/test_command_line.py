@@ -40,7 +40,8 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "generate", "demo", "doctor", "drain", "undrain", "models", "config", "simulate"]
+    "command",
+    ["serve", "generate", "demo", "doctor", "drain", "undrain", "scale", "models", "config", "simulate"],
 )
 def test_the_help_lists_every_command_and_each_explains_itself(cli: Run, command: str) -> None:
     code, out, _ = run(*cli, "--help")

@@ -189,3 +189,30 @@ def test_the_command_writes_a_file_and_says_what_goes_where(tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     assert "2 prefill + 6 decode workers on 1 machine" in done.output
     assert one(list(yaml.safe_load_all(out.read_text())), "Deployment")["spec"]["replicas"] == 1
+
+
+def ranked(prefill: int, decode: int) -> DeploySettings:
+    """One machine of eight GPUs with a prefill worker of two ranks and `decode` workers of four."""
+    return small(
+        machines=[{"cpus": 64, "memory_gib": 500, "gpus": 8}],
+        serve={
+            "prefill": {"workers": prefill, "tensor_parallel_size": 2},
+            "decode": {"workers": decode, "tensor_parallel_size": 4},
+            "cluster": {"gpus_per_worker": 1},
+        },
+    )
+
+
+def test_ranks_count_as_gpus_of_one_machine() -> None:
+    deploy = ranked(2, 1)
+    _, plan = resolved(deploy)
+    assert sum(plan.bundle(slot.role, slot.ranks)["GPU"] for slot in plan.slots) == 8
+    pod = one(objects_of(deploy), "Deployment")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    told = yaml.safe_load(one(objects_of(deploy), "ConfigMap")["data"]["serve.yaml"])
+    assert told["decode"]["tensor_parallel_size"] == 4
+
+
+def test_more_ranks_than_gpus_are_refused_before_anything_is_applied() -> None:
+    with pytest.raises(ConfigError, match="10 ranks of 3 workers want 1 GPUs each"):
+        render(ranked(1, 2))

@@ -6,12 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.cluster.placement import Node, core_slots, node_from_resources, plan_placement
+from pdserve.cluster.placement import (
+    Node,
+    core_slots,
+    most_ranks,
+    next_slot,
+    node_from_resources,
+    plan_placement,
+    require_room,
+    slot_cores,
+)
 from pdserve.cluster.ray_host import worker_config
 from pdserve.core.config import ClusterSettings, DecodeSettings, PrefillSettings, ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
+from pdserve.core.operation_settings import PlannerSettings
 
 
 def config(prefill: int = 1, decode: int = 1, **cluster: object) -> ServeConfig:
@@ -209,3 +219,27 @@ def test_workers_of_several_ranks_have_no_tiers() -> None:
     cache = wanted.cache.model_copy(update={"host_tier_gib": 1.0})
     with pytest.raises(ConfigError, match="no host or disk tier"):
         plan_placement(wanted.model_copy(update={"cache": cache}), [node(8)])
+
+
+def test_an_added_worker_gets_the_cores_that_the_fewest_use_and_a_name_of_its_own() -> None:
+    wanted = config(1, 1, cpus_per_worker=1)
+    nodes = [node(3)]
+    plan = plan_placement(wanted, nodes)
+    placed = {slot.worker: "n0" for slot in plan.slots}
+    pinned = core_slots(plan, placed, nodes)
+    added = next_slot(plan, wanted, [], Role.DECODE, 0)
+    assert added.worker == "decode-1"
+    require_room(plan, plan.slots, added, nodes)
+    placed[added.worker] = "n0"
+    assert slot_cores(plan, added, pinned, placed, nodes) == {"decode-1": (2,)}
+    again = next_slot(plan, wanted, [added], Role.DECODE, 0)
+    assert again.worker == "decode-2", "also when decode-1 is no more"
+    with pytest.raises(ConfigError, match="1 of them fit nowhere"):
+        require_room(plan, [*plan.slots, added], again, nodes)
+
+
+def test_cores_are_divided_among_as_many_workers_as_there_may_be() -> None:
+    growing = config(1, 1).model_copy(update={"planner": PlannerSettings(max_decode=3)})
+    assert most_ranks(growing) == 4
+    assert plan_placement(growing, [node(8)]).cpus_per_worker == 2
+    assert plan_placement(config(1, 1), [node(8)]).cpus_per_worker == 4

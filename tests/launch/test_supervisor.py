@@ -34,6 +34,10 @@ class FakeWorker:
         if not self.answers:
             await asyncio.Event().wait()
 
+    async def retire(self, timeout_s: float | None) -> None:
+        self.log.append(f"retire {self.address}")
+        self.death.set_result("it was told to end, and has")
+
     async def stop(self, grace_s: float) -> None:
         self.log.append(f"stop {self.address}")
 
@@ -187,3 +191,55 @@ def test_backoff_forgets_failures_after_a_healthy_life() -> None:
     assert [backoff.after(0.0) for _ in range(6)] == [0.0, 1.0, 2.0, 4.0, 5.0, 5.0]
     assert backoff.after(61.0) == 0.0
     assert backoff.after(0.0) == 1.0
+
+
+def test_a_worker_that_is_retired_hands_over_and_gets_no_successor() -> None:
+    async def scenario(cluster: FakeCluster, supervisor: Supervisor) -> None:
+        await supervisor.start()
+        await supervisor.retire(D0.worker)
+        assert supervisor.epochs().keys() == {"prefill-0"}
+        await supervisor.retire(D0.worker)  # it is no more: nothing happens
+
+    log, _ = drive(scenario, P0, D0)
+    assert [line for line in log if "decode-0" in line] == [
+        "launch decode-0.1",
+        "add decode-0.1",
+        "retire decode-0.1",
+        "kill decode-0.1",
+        "remove decode-0: it was told to end, and has",
+    ]
+
+
+def test_a_worker_that_is_dead_when_it_is_retired_is_not_started_again() -> None:
+    async def scenario(cluster: FakeCluster, supervisor: Supervisor) -> None:
+        await supervisor.start()
+        cluster.fail["decode-0.2"] = WorkerLost(D0.worker, "no")
+        never = asyncio.Event()
+
+        async def wait(seconds: float) -> None:
+            waiting.set()
+            await never.wait()
+
+        waiting = asyncio.Event()
+        supervisor._sleep = wait
+        cluster.workers["decode-0.1"].death.set_result("signal 9")
+        await waiting.wait()
+        await supervisor.retire(D0.worker)
+        assert supervisor.epochs() == {}
+
+    log, _ = drive(scenario, D0)
+    assert not [line for line in log if line.startswith("retire")]
+
+
+def test_a_worker_that_is_added_is_supervised_and_one_that_does_not_start_leaves_nothing() -> None:
+    async def scenario(cluster: FakeCluster, supervisor: Supervisor) -> None:
+        await supervisor.start()
+        await supervisor.add(D0)
+        cluster.workers["decode-0.1"].death.set_result("signal 9")
+        await until_added(cluster, "decode-0.2")
+        cluster.fail["decode-1.1"] = WorkerLost(WorkerId("decode-1"), "no")
+        with pytest.raises(WorkerLost):
+            await supervisor.add(WorkerSlot(worker=WorkerId("decode-1"), role=Role.DECODE, index=1))
+        assert supervisor.epochs() == {"prefill-0": 1, "decode-0": 2}
+
+    drive(scenario, P0)

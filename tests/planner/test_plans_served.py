@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.events import ChangeWorkerRole, Event
+from coordinator.fleet import Fleet
 from coordinator.metrics import Metrics
 from coordinator.planner.control import PlannerControl
 from coordinator.planner.proposal import Standing
@@ -32,9 +33,9 @@ def control(mode: PlannerMode) -> tuple[PlannerControl, Metrics]:
     ), metrics
 
 
-def long_prompts(plans: PlannerControl, seconds: int) -> list[Event]:
-    """15 a second, of 1,000 tokens, to one prefill and three decode workers."""
-    fleet, events = fleet_of(1, 3), list[Event]()
+def long_prompts(plans: PlannerControl, seconds: int, fleet: Fleet | None = None) -> list[Event]:
+    """15 a second, of 1,000 tokens; to one prefill and three decode workers where nothing else is said."""
+    fleet, events = fleet or fleet_of(1, 3), list[Event]()
     for index in range(seconds * 15):
         now = index / 15
         request = new_request(f"r{index}", prompt=[1] * 1000, ttft_target_s=1.0)

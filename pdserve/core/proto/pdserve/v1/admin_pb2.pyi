@@ -20,6 +20,98 @@ else:
 DESCRIPTOR: descriptor.FileDescriptor
 
 @typing.final
+class ScaleRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    PREFILL_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """Its name or an alias; empty while one is served."""
+    prefill: builtins.int
+    """Workers of a role; as many as there are when absent."""
+    decode: builtins.int
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        prefill: builtins.int | None = ...,
+        decode: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_decode", b"_decode", "_prefill", b"_prefill", "decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_decode", b"_decode", "_prefill", b"_prefill", "decode", b"decode", "model", b"model", "prefill", b"prefill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__decode: _TypeAlias = typing.Literal["decode"]  # noqa: Y015
+    _WhichOneofArgType__decode: _TypeAlias = typing.Literal["_decode", b"_decode"]  # noqa: Y015
+    _WhichOneofReturnType__prefill: _TypeAlias = typing.Literal["prefill"]  # noqa: Y015
+    _WhichOneofArgType__prefill: _TypeAlias = typing.Literal["_prefill", b"_prefill"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decode) -> _WhichOneofReturnType__decode | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill) -> _WhichOneofReturnType__prefill | None: ...
+
+@typing.final
+class ScaleStatus(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    prefill: builtins.int
+    """Workers in use."""
+    decode: builtins.int
+    done: builtins.bool
+    """Nothing is under way any more."""
+    @builtins.property
+    def changes(self) -> containers.RepeatedCompositeFieldContainer[WorkerChange]:
+        """Those that this call adds and retires."""
+
+    def __init__(
+        self,
+        *,
+        prefill: builtins.int = ...,
+        decode: builtins.int = ...,
+        changes: abc.Iterable[WorkerChange] | None = ...,
+        done: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["changes", b"changes", "decode", b"decode", "done", b"done", "prefill", b"prefill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WorkerChange(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    role: builtins.str
+    """prefill or decode."""
+    state: builtins.str
+    """placing, starting, draining, done or failed."""
+    text: builtins.str
+    """Why, or what has become of it."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        role: builtins.str = ...,
+        state: builtins.str = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["role", b"role", "state", b"state", "text", b"text", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class PlanRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
@@ -71,6 +163,7 @@ class PlanProposal(message.Message):
     CAPACITY_FIELD_NUMBER: builtins.int
     WANTED_CAPACITY_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
     model: builtins.str
     standing: builtins.str
     """keep, proposed, acted, infeasible or unknown."""
@@ -88,6 +181,10 @@ class PlanProposal(message.Message):
     capacity: builtins.float
     wanted_capacity: builtins.float
     reason: builtins.str
+    @builtins.property
+    def changes(self) -> containers.RepeatedCompositeFieldContainer[WorkerChange]:
+        """Workers that are being added and retired, and the last that were."""
+
     def __init__(
         self,
         *,
@@ -104,10 +201,11 @@ class PlanProposal(message.Message):
         capacity: builtins.float = ...,
         wanted_capacity: builtins.float = ...,
         reason: builtins.str = ...,
+        changes: abc.Iterable[WorkerChange] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["capacity", b"capacity", "change", b"change", "decode", b"decode", "gain", b"gain", "model", b"model", "prefill", b"prefill", "rate", b"rate", "reason", b"reason", "standing", b"standing", "uncertainty", b"uncertainty", "wanted_capacity", b"wanted_capacity", "wanted_decode", b"wanted_decode", "wanted_prefill", b"wanted_prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["capacity", b"capacity", "change", b"change", "changes", b"changes", "decode", b"decode", "gain", b"gain", "model", b"model", "prefill", b"prefill", "rate", b"rate", "reason", b"reason", "standing", b"standing", "uncertainty", b"uncertainty", "wanted_capacity", b"wanted_capacity", "wanted_decode", b"wanted_decode", "wanted_prefill", b"wanted_prefill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

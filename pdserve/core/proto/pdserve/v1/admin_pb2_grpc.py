@@ -55,6 +55,11 @@ class AdminStub:
                 request_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
                 response_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Plans.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_stream(
+                '/pdserve.v1.Admin/Scale',
+                request_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ScaleStatus.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -93,6 +98,16 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Starts or retires workers of a model until there are as many as asked for; a role changes where one has what
+        the other lacks. Retired workers are drained first, as by Drain. The stream ends when all is done or given
+        up; what was begun goes on when the caller goes away. INVALID_ARGUMENT for what the limits of the planner
+        forbid and while another change is under way; FAILED_PRECONDITION where nobody starts workers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +130,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Plan,
                     request_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.PlanRequest.FromString,
                     response_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Plans.SerializeToString,
+            ),
+            'Scale': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ScaleStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +246,33 @@ class Admin:
             '/pdserve.v1.Admin/Plan',
             pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.PlanRequest.SerializeToString,
             pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.Plans.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pdserve.v1.Admin/Scale',
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+            pdserve_dot_core_dot_proto_dot_pdserve_dot_v1_dot_admin__pb2.ScaleStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,12 @@ class AdminStub:
     """
     Plan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.Plans]
     """How many workers of each role the load wants: the newest plan of each model."""
+    Scale: _grpc.UnaryStreamMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.ScaleStatus]
+    """Starts or retires workers of a model until there are as many as asked for; a role changes where one has what
+    the other lacks. Retired workers are drained first, as by Drain. The stream ends when all is done or given
+    up; what was begun goes on when the caller goes away. INVALID_ARGUMENT for what the limits of the planner
+    forbid and while another change is under way; FAILED_PRECONDITION where nobody starts workers.
+    """
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -69,6 +75,12 @@ class AdminAsyncStub(AdminStub):
     """
     Plan: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlanRequest, _admin_pb2.Plans]  # type: ignore[assignment]
     """How many workers of each role the load wants: the newest plan of each model."""
+    Scale: _aio.UnaryStreamMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.ScaleStatus]  # type: ignore[assignment]
+    """Starts or retires workers of a model until there are as many as asked for; a role changes where one has what
+    the other lacks. Retired workers are drained first, as by Drain. The stream ends when all is done or given
+    up; what was begun goes on when the caller goes away. INVALID_ARGUMENT for what the limits of the planner
+    forbid and while another change is under way; FAILED_PRECONDITION where nobody starts workers.
+    """
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """Errors are gRPC statuses, as described in generation.proto."""
@@ -111,5 +123,17 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Plans, _abc.Awaitable[_admin_pb2.Plans]]:
         """How many workers of each role the load wants: the newest plan of each model."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _admin_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.ScaleStatus], _abc.AsyncIterator[_admin_pb2.ScaleStatus]]:
+        """Starts or retires workers of a model until there are as many as asked for; a role changes where one has what
+        the other lacks. Retired workers are drained first, as by Drain. The stream ends when all is done or given
+        up; what was begun goes on when the caller goes away. INVALID_ARGUMENT for what the limits of the planner
+        forbid and while another change is under way; FAILED_PRECONDITION where nobody starts workers.
+        """
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
