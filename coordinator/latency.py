@@ -19,12 +19,14 @@ a prompt says it took: prompts share steps, and each counts the whole of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from coordinator.linear_fit import LinearFit
 from pdserve.core.ids import AttemptId
 from pdserve.core.messages import Heartbeat, TransferDone
+from pdserve.core.worker_state import ProfileStep
 
 ASSUMED_TOKENS_PER_S: Final = 1000.0
 """Prefill speed of a worker of which nothing is known yet."""
@@ -138,6 +140,14 @@ class LatencyModel:
         return self.decode.count + self.mixed.count
 
     # --- what it learns from --------------------------------------------------------------------------
+
+    def profiled(self, steps: Iterable[ProfileStep]) -> None:
+        """What the worker measured before it took requests."""
+        for step in steps:
+            if step.prompt_tokens:
+                self.prefill.learn(Work.of(0, step.prompt_tokens, ends=True).features, step.seconds)
+            else:
+                self.decode.learn((1, step.sequences, step.context_tokens), step.seconds)
 
     def prompt_sent(self, attempt: AttemptId, tokens: int, now: float) -> None:
         steps = self._steps

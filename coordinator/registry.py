@@ -347,6 +347,7 @@ class Registry:
         state = WorkerState(
             info=info, model=event.model, latency=LatencyModel(alike[0].latency if alike else None)
         )
+        state.latency.profiled(info.profile)
         if known is not None and same_process:
             state.drain_asked, state.drain_until = known.drain_asked, known.drain_until
             state.draining = state.drain_asked

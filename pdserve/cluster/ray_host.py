@@ -341,6 +341,7 @@ class RayHost:
             device="cuda:0" if self._plan.uses_gpus else "cpu",
             num_threads=None if self._plan.uses_gpus else max(1, len(self._pinned[slot_ranks(slot)[0]])),
             core_share=self._core_share(slot),
+            profile_s=model.config.cluster.profile_s,
             ranks=None if slot.ranks == 1 else self._meeting(slot, epoch),
         )
 

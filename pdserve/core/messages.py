@@ -13,7 +13,7 @@ from pdserve.core.handover import PrefixNote, PushNote
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import Fingerprint
 from pdserve.core.sampling import SamplingParams, TokenLogprobs
-from pdserve.core.worker_state import BlockCounts, DeviceUsage, PairState, TierCounts
+from pdserve.core.worker_state import BlockCounts, DeviceUsage, PairState, ProfileStep, TierCounts
 
 
 class Role(StrEnum):
@@ -283,6 +283,8 @@ class WorkerInfo:
     """What it computes on: a GPU's name, or `cpu`."""
     num_devices: float = 1.0
     """GPUs (a share where one is shared), or cores: what is paid for."""
+    profile: list[ProfileStep] = field(default_factory=list)
+    """How fast it is, as it measured when it started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

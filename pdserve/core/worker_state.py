@@ -8,6 +8,20 @@ from pdserve.core.ids import WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileStep:
+    """A step that a worker measured before it took requests: a prompt that was read whole, or a batch of
+    answers."""
+
+    prompt_tokens: int
+    """0: none was read."""
+    sequences: int
+    """Answers; 0: none."""
+    context_tokens: int
+    """Of all of them together."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCounts:
     """free + held + cached + quarantined == total, always. `cached` are held by the prefix cache alone."""
 

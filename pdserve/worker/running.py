@@ -22,6 +22,7 @@ from pdserve.core.config import CacheSettings
 from pdserve.core.errors import ConfigError, InvariantViolated
 from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.core.tls import accepting
+from pdserve.core.worker_state import ProfileStep
 from pdserve.engine.build import build_engine
 from pdserve.engine.tiers.build import block_bytes_of, make_tiers
 from pdserve.engine.tiers.store import TierPort
@@ -33,6 +34,7 @@ from pdserve.worker.host import WorkerHost
 from pdserve.worker.journal import Journal
 from pdserve.worker.loop import ComputeLoop, Inbox, Role
 from pdserve.worker.ports import BackendFactory, EnginePort, PoolPort, TransferPort
+from pdserve.worker.profile import measure
 from pdserve.worker.ranks.leader import Leader, TeamTransfer
 from pdserve.worker.ranks.names import rank_id
 from pdserve.worker.ranks.transfer import OnEvent, RankTransfer, pack_metadata
@@ -169,7 +171,13 @@ def launch(
         undo.callback(backend.close)
         role = make_role(engine, tiers)
         metadata = pack_metadata([backend.metadata, *(() if leader is None else leader.metadata())])
-        info = _info(spec, engine, metadata=metadata, max_num_seqs=max_num_seqs)
+        lender = None
+        if spec.core_share is not None:
+            native = pdcpu.computing()
+            set_helpers = None if native is None else native.set_helpers
+            lender = CoreLender(spec.core_share, torch.set_num_threads, set_helpers)
+        profile = _profile(spec, engine, max_num_seqs)
+        info = _info(spec, engine, metadata=metadata, max_num_seqs=max_num_seqs, profile=profile)
 
         def own_service(on_event: OnEvent) -> TransferPort:
             return TransferService(
@@ -199,11 +207,6 @@ def launch(
             on_alone=inbox.stop,
             tls=accepting(spec.config.security.cluster_tls),
         )
-        lender = None
-        if spec.core_share is not None:
-            native = pdcpu.computing()
-            set_helpers = None if native is None else native.set_helpers
-            lender = CoreLender(spec.core_share, torch.set_num_threads, set_helpers)
         loop = ComputeLoop(
             role=role,
             host=host,
@@ -314,7 +317,22 @@ def longest_sequence(engine: EnginePort) -> int:
     return min(engine.runner.max_model_len, engine.num_blocks * engine.block_tokens)
 
 
-def _info(spec: WorkerSpec, engine: EnginePort, *, metadata: bytes, max_num_seqs: int) -> WorkerInfo:
+def _profile(spec: WorkerSpec, engine: EnginePort, max_num_seqs: int) -> list[ProfileStep]:
+    """Before anybody knows of this worker: nobody holds a block, nobody waits."""
+    if not spec.profile_s:
+        return []
+    role = spec.config.prefill if spec.role is messages.Role.PREFILL else spec.config.decode
+    return measure(engine, spec.profile_s, max_tokens=role.max_num_batched_tokens, max_seqs=max_num_seqs)
+
+
+def _info(
+    spec: WorkerSpec,
+    engine: EnginePort,
+    *,
+    metadata: bytes,
+    max_num_seqs: int,
+    profile: list[ProfileStep],
+) -> WorkerInfo:
     return WorkerInfo(
         worker=spec.worker,
         role=spec.role,
@@ -329,6 +347,7 @@ def _info(spec: WorkerSpec, engine: EnginePort, *, metadata: bytes, max_num_seqs
         max_num_seqs=max_num_seqs,
         device=_device_name(engine),
         num_devices=_num_devices(spec, engine),
+        profile=profile,
     )
 
 

@@ -32,6 +32,8 @@ class WorkerSpec:
     draft_model_dir: Path | None = None
     """Of speculative decoding, where its method is a model."""
     core_share: CoreShare | None = None
+    profile_s: float = 0.0
+    """How long it measures its own speed before it takes requests; 0: not at all."""
     """How it lends and borrows cores; None: it does neither."""
     ranks: RankSpec | None = None
     """Its place among the ranks of a tensor-parallel worker; None: it is the only one."""
