@@ -78,6 +78,9 @@ class ModelSettings(Frozen):
     """Longest prompt + answer in tokens; the checkpoint's own by default."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights of the right shape, for measuring."""
+    local_dir: str | None = None
+    """A directory on each machine's own fast disk: the first worker there copies the checkpoint into it, all
+    map it from there. For checkpoints on a shared or slow filesystem; nothing: they are mapped where they are."""
 
     cuda_graph_sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64)
     """On a GPU, decode steps of up to these many sequences are recorded as CUDA graphs when a worker starts;
@@ -275,7 +278,7 @@ class ModelEntry(ModelSettings):
 
 
 _OF_EACH_MODEL: Final = ("cache", "prefill", "decode", "speculative")
-_SHARED_MODEL_KEYS: Final = ("dtype", "max_model_len", "load_format")
+_SHARED_MODEL_KEYS: Final = ("dtype", "max_model_len", "load_format", "local_dir")
 
 
 class ServeConfig(Frozen):

@@ -14,6 +14,8 @@ GRPC_PORT: Final = 50051
 METRICS_PORT: Final = 9090
 CONFIG_DIR: Final = "/etc/pdserve"
 CACHE_DIR: Final = "/var/cache/pdserve"
+NODE_DISK_DIR: Final = "/var/lib/pdserve/weights"
+"""Where a node's own disk is mounted, if it is given."""
 GRACE_MARGIN_S: Final = 30
 """Beyond draining, until Kubernetes kills: to stop Ray, and to flush logs."""
 _USER: Final = 1000
@@ -140,6 +142,8 @@ def _mounts(deploy: DeploySettings) -> list[Manifest]:
     ]
     if deploy.models is not None:
         mounts.append({"name": "models", "mountPath": deploy.models.path, "readOnly": True})
+        if deploy.models.node_disk is not None:
+            mounts.append({"name": "weights", "mountPath": NODE_DISK_DIR})
     return mounts
 
 
@@ -162,4 +166,8 @@ def _volumes(deploy: DeploySettings, machine: Machines) -> list[Manifest]:
             else {"hostPath": {"path": deploy.models.host_path, "type": "Directory"}}
         )
         volumes.append({"name": "models", **source})
+        if deploy.models.node_disk is not None:
+            volumes.append(
+                {"name": "weights", "hostPath": {"path": deploy.models.node_disk, "type": "Directory"}}
+            )
     return volumes

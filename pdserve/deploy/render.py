@@ -13,11 +13,12 @@ from typing import Final
 import yaml
 
 from pdserve.cluster.placement import Node, PlacementPlan, plan_placement
-from pdserve.core.config import ServeConfig
+from pdserve.core.config import ModelSettings, ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.deploy.pods import (
     GRPC_PORT,
     METRICS_PORT,
+    NODE_DISK_DIR,
     Manifest,
     config_volume,
     pod_spec,
@@ -55,9 +56,16 @@ def resolved(deploy: DeploySettings) -> tuple[ServeConfig, PlacementPlan]:
                 update={"host": "0.0.0.0", "port": GRPC_PORT, "metrics_port": METRICS_PORT}
             ),
             "cluster": serve.cluster.model_copy(update=cluster),
+            "model": _with_node_disk(deploy, serve.model),
         }
     )
     return config, plan_placement(config, _nodes(deploy, config))
+
+
+def _with_node_disk(deploy: DeploySettings, model: ModelSettings) -> ModelSettings:
+    if deploy.models is None or deploy.models.node_disk is None:
+        return model
+    return model.model_copy(update={"local_dir": NODE_DISK_DIR})
 
 
 def render(deploy: DeploySettings) -> list[Manifest]:

@@ -59,6 +59,9 @@ class ModelVolume(Frozen):
     """A persistent volume claim that many nodes can read."""
     host_path: str | None = None
     """Or a directory of each node."""
+    node_disk: str | None = None
+    """A directory of each node's own fast disk, writable by user 1000: checkpoints are copied there once per
+    node and mapped from there."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -22,6 +22,7 @@ from pdserve.models.config import ModelConfig
 from pdserve.models.cpu import make_cpu_ops
 from pdserve.models.hf_config import read_config
 from pdserve.models.llama import LlamaModel
+from pdserve.models.local_copy import local_copy
 from pdserve.models.ops import ModelOps, Workload
 from pdserve.models.quantization.view import DequantisedView
 from pdserve.models.ranks import Ranks
@@ -74,6 +75,8 @@ def build_engine(
     say = progress or _silent
     target = torch.device(device)
     _prepare(target, num_threads)
+    if model.local_dir is not None:
+        model_dir = local_copy(model_dir, Path(model.local_dir), lambda words: say(0.0, words))
     say(0.0, "reading the configuration")
     config = read_config(model_dir)
     config = replace(

@@ -15,6 +15,7 @@ model.served_model_name          text or list or nothing = nothing
 model.dtype                      `auto`, `bfloat16`, `float16`, `float32` = `auto`
 model.max_model_len              integer or nothing  = nothing
 model.load_format                `auto`, `dummy`     = `auto`
+model.local_dir                  text or nothing     = nothing
 model.cuda_graph_sizes           list                = `(1, 2, 4, 8, 16, 24, 32, 48, 64)`
 cache.block_size                 integer             = `64`
 cache.kv_cache_dtype             `auto`, `fp8_e4m3`  = `auto`

@@ -91,3 +91,13 @@ def test_the_number_of_threads_is_set(tiny_dir: Path) -> None:
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_with_a_local_directory_the_weights_are_those_of_the_copy_there(tiny_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "shared" / "tiny"
+    shutil.copytree(tiny_dir, source)
+    settings = ModelSettings(local_dir=str(tmp_path / "disk"))
+    first = build(source, settings)
+    (copy,) = [path for path in (tmp_path / "disk").iterdir() if path.is_dir()]
+    assert {path.name for path in copy.iterdir()} == {path.name for path in tiny_dir.iterdir()}
+    assert first.fingerprint == build(tiny_dir).fingerprint
