@@ -7,7 +7,6 @@ from typing import assert_never
 from decode.draft_model import DraftModel
 from decode.drafting import Drafter, PromptLookup
 from decode.speculation import Speculation
-from pdserve.core.messages import Role
 from pdserve.core.speculative_settings import SpeculativeMethod
 from pdserve.worker.ports import EnginePort
 from pdserve.worker.running import load_draft_engine, longest_sequence
@@ -19,7 +18,7 @@ def make_speculation(
 ) -> Speculation | None:
     """As `speculative` in the configuration says. Loads the draft model unless given its engine.
 
-    A worker that starts in the prefill role has no draft model: it writes few answers, if any.
+    A prefill worker that stays one has no draft model: it writes few answers, if any.
     """
     settings = spec.config.speculative
     drafter: Drafter
@@ -30,7 +29,7 @@ def make_speculation(
             drafter = PromptLookup(
                 min_tokens=settings.prompt_lookup_min, max_tokens=settings.prompt_lookup_max
             )
-        case SpeculativeMethod.DRAFT_MODEL if spec.role is Role.PREFILL:
+        case SpeculativeMethod.DRAFT_MODEL if not spec.comes_to_decode:
             return None
         case SpeculativeMethod.DRAFT_MODEL:
             drafter = DraftModel(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from pdserve.core.errors import PdServeError, WorkerLost
 from pdserve.core.logs import log_worker
-from pdserve.core.messages import Heartbeat, Role, WorkerInfo
+from pdserve.core.messages import Heartbeat, WorkerInfo
 from pdserve.worker.ray_metrics import Exporter, export_to_ray
 from pdserve.worker.spec import WorkerSpec
 
@@ -271,7 +271,7 @@ class HostedWorker(ABC):
             spec.config.cache,
             device=spec.device,
             num_threads=spec.num_threads,
-            workload=Workload.PREFILL if spec.role is Role.PREFILL else Workload.ANY,
+            workload=Workload.ANY if spec.comes_to_decode else Workload.PREFILL,
             progress=lambda done, text: steps.put(Progress(fraction=0.99 * done, text=text)),
             ranks=None if leader is None else leader.ranks,
         )

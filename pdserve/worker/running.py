@@ -273,7 +273,7 @@ def load_engine(spec: WorkerSpec) -> EnginePort:
         spec.config.cache,
         device=spec.device,
         num_threads=spec.num_threads,
-        workload=Workload.PREFILL if spec.role is messages.Role.PREFILL else Workload.ANY,
+        workload=Workload.ANY if spec.comes_to_decode else Workload.PREFILL,
     )
 
 

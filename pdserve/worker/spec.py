@@ -8,6 +8,7 @@ from pathlib import Path
 from pdserve.core.config import ServeConfig
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
+from pdserve.core.operation_settings import PlannerMode
 from pdserve.worker.cores import CoreShare
 from pdserve.worker.ranks.names import RankSpec
 
@@ -31,9 +32,9 @@ class WorkerSpec:
     """Of the deployment's settings: who takes this worker over must have the same."""
     draft_model_dir: Path | None = None
     """Of speculative decoding, where its method is a model."""
-    core_share: CoreShare | None = None
     profile_s: float = 0.0
     """How long it measures its own speed before it takes requests; 0: not at all."""
+    core_share: CoreShare | None = None
     """How it lends and borrows cores; None: it does neither."""
     ranks: RankSpec | None = None
     """Its place among the ranks of a tensor-parallel worker; None: it is the only one."""
@@ -43,3 +44,12 @@ class WorkerSpec:
         """As clients know it."""
         names = self.config.model.served_names
         return names[0] if names else self.model_dir.name
+
+    @property
+    def comes_to_decode(self) -> bool:
+        """It starts as a decode worker, or the planner may make it one: it then has what one has, from the
+        beginning (weights also in their form for few rows, recorded steps, a draft model).
+
+        Elsewhere a prefill worker saves that memory, also where an operator may change its role by hand.
+        """
+        return self.role is Role.DECODE or self.config.planner.mode is PlannerMode.ACTIVE

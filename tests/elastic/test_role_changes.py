@@ -215,6 +215,40 @@ def test_two_workers_swap_their_roles_and_the_tokens_stay_the_same(
         assert pair.decode.snapshot().prefix_hit_tokens > 0
 
 
+@pytest.mark.parametrize("mode", ["active", "advisory"])
+def test_a_prefill_worker_that_the_planner_makes_a_decode_worker_guesses_like_one(
+    tmp_path: Path, mode: str
+) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    prompt = random.Random(0).choices(range(VOCAB), k=20)
+    config = config_of(
+        planner={"mode": mode},
+        speculative={"method": "draft_model", "model": "draft", "adaptive": False},
+    )
+
+    async def play(pair: Pair) -> None:
+        async with Driver(pair.addresses) as driver:
+            driver.send(PREFILL, ChangeRole(role=Role.DECODE))
+            await driver.until(lambda: len(driver.strays) > 0)
+            driver.send(DECODE, ChangeRole(role=Role.PREFILL))
+            await driver.until(lambda: len(driver.strays) > 1)
+            for worker, role in ((PREFILL, Role.DECODE), (DECODE, Role.PREFILL)):
+                driver.infos[worker] = dataclasses.replace(driver.infos[worker], role=role)
+            answer = await driver.ask(driver.spec(prompt, sampling))
+            assert answer.tokens == reference(prompt, sampling, 30)
+
+    with pair_of_workers(
+        tmp_path,
+        lambda role: TokenEngine(),
+        config,
+        draft_engine=TokenEngine(),
+        prefill_draft_engine=TokenEngine(),
+    ) as pair:
+        asyncio.run(play(pair))
+        pair.wait_until_every_block_is_back()
+        assert (sum(pair.prefill.snapshot().accepted_at) > 20) is (mode == "active")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_roles_that_change_under_load_cost_no_token_and_no_block(tmp_path: Path, seed: int) -> None:
     """Requests that meet a worker in the wrong role are refused, or fail as retryable; others are right."""

@@ -80,11 +80,15 @@ def pair_of_workers(
     config: ServeConfig | None = None,
     backends: BackendFactory | None = None,
     draft_engine: EnginePort | None = None,
+    prefill_draft_engine: EnginePort | None = None,
 ) -> Iterator[Pair]:
     config = config or config_of()
     backends = backends or local_backends(LocalHub())
     prefill = start_worker(
-        spec_of(Role.PREFILL, folder, config), engine=make_engine(Role.PREFILL), backend_factory=backends
+        spec_of(Role.PREFILL, folder, config),
+        engine=make_engine(Role.PREFILL),
+        draft_engine=prefill_draft_engine,
+        backend_factory=backends,
     )
     try:
         decode = start_worker(

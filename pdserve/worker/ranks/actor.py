@@ -12,7 +12,6 @@ from typing import Final
 
 from pdserve.core.errors import ConfigError, PdServeError
 from pdserve.core.logs import log_worker
-from pdserve.core.messages import Role
 from pdserve.worker.hosting import NotStarted, Progress, Started, StartStep, on_sigterm, pin_process
 from pdserve.worker.ranks.names import RankSpec
 from pdserve.worker.spec import WorkerSpec
@@ -104,7 +103,7 @@ class RankActor:
                 spec.config.cache,
                 device=spec.device,
                 num_threads=spec.num_threads,
-                workload=Workload.PREFILL if spec.role is Role.PREFILL else Workload.ANY,
+                workload=Workload.ANY if spec.comes_to_decode else Workload.PREFILL,
                 progress=lambda done, text: steps.put(Progress(fraction=0.99 * done, text=text)),
                 ranks=follower.ranks,
             )
