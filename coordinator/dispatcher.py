@@ -176,7 +176,9 @@ class Dispatcher:
         worker, epoch = link.info.worker, link.info.epoch
         if self._links.get(worker) is link:
             del self._links[worker]
-            log.warning("worker %s is down: %s", worker, why)
+            state = self.registry.fleet.get(worker)
+            placed = state.num_placed if state is not None else 0
+            log.warning("worker %s is down: %s; %d requests of it begin again", worker, why, placed)
             self.handle(WorkerDown(worker=worker, epoch=epoch, why=why))
             self._on_workers_changed()
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
 from typing import Final, Self
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from pdserve.core.logs import HumanFormatter
 
 OUT: Final = Console(highlight=False, soft_wrap=True)
 """Answers and tables: what a pipe should get."""
@@ -25,6 +29,16 @@ def fail(message: str) -> None:
     ERR.print(f"[bold red]pdserve:[/] {escape(first)}")
     for line in rest:
         ERR.print(f"  {escape(line)}")
+
+
+def log_handler() -> logging.Handler:
+    """In colours and folded on a terminal; elsewhere a record is one line, with its time: journals and `grep`
+    go by lines."""
+    if ERR.is_terminal:
+        return RichHandler(console=ERR, show_path=False, markup=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(HumanFormatter("pdserve"))
+    return handler
 
 
 class Reporter:

@@ -32,6 +32,7 @@ _SECRET: Final = re.compile(
     r"(?!bearer\b)[^\s\"',;}]+"
 )
 _LEVEL_WIDTH: Final = 7
+_IN_PASSING: Final = re.compile(r'\S+Z (INFO|DEBUG) |\{"ts":"[^"]*","level":"(info|debug)"')
 _SILENT: Final = logging.CRITICAL + 1
 
 Fields = dict[str, object]
@@ -106,6 +107,11 @@ class JsonFormatter(_Formatter):
 def redacted(text: str) -> str:
     """Without what looks like a credential: for lines of libraries too, which we did not write."""
     return _SECRET.sub(r"\1***", text)
+
+
+def is_said_in_passing(line: str) -> bool:
+    """Whether a line, in either shape, is of ours and below a warning."""
+    return _IN_PASSING.match(line) is not None
 
 
 class _OursOrLoud(logging.Filter):

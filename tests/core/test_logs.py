@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.core.ids import AttemptId, RequestId
-from pdserve.core.logs import BackgroundLog, about, handler_of, log_worker, redacted
+from pdserve.core.logs import BackgroundLog, about, handler_of, is_said_in_passing, log_worker, redacted
 from pdserve.core.operation_settings import LogFormat, LoggingSettings
 
 ATTEMPT = AttemptId(RequestId("r-1"), 2)
@@ -141,3 +141,11 @@ def test_a_worker_process_logs_to_standard_error_at_once(
     assert json.loads(capsys.readouterr().err)["origin"] == "prefill-0"
     log_worker(JSON, "another")  # a process that logs already is left alone
     assert len(root.handlers) == 1
+
+
+@pytest.mark.parametrize("settings", [JSON, HUMAN])
+def test_what_was_said_in_passing_is_told_from_what_may_explain_an_end(settings: LoggingSettings) -> None:
+    passing, warned = lines_of(settings, record("prompt read"), record("no room", level=logging.WARNING))
+    assert is_said_in_passing(passing)
+    assert not is_said_in_passing(warned)
+    assert not is_said_in_passing("RuntimeError: INFO is not what was expected")
