@@ -80,7 +80,7 @@ class ModelSettings(Frozen):
     """dummy: random weights of the right shape, for measuring."""
     local_dir: str | None = None
     """A directory on each machine's own fast disk: the first worker there copies the checkpoint into it, all
-    map it from there. For checkpoints on a shared or slow filesystem; nothing: they are mapped where they are."""
+    map it from there. For checkpoints on a shared or slow filesystem; nothing: they are mapped in place."""
 
     cuda_graph_sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64)
     """On a GPU, decode steps of up to these many sequences are recorded as CUDA graphs when a worker starts;
