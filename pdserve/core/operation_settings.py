@@ -36,8 +36,8 @@ class TracingSettings(Frozen):
     exporter: TraceExporter = TraceExporter.NONE
     """Where spans go. The otlp exporters need `pip install pdserve[otel]`."""
     endpoint: str | None = None
-    """Of an OTLP collector: http://localhost:4317 for gRPC, http://localhost:4318 for HTTP (to /v1/traces, unless
-    it has a path); the exporter's own default when not given."""
+    """Of an OTLP collector: http://localhost:4317 for gRPC, http://localhost:4318 for HTTP (to /v1/traces,
+    unless it has a path); the exporter's own default when not given."""
     file: str | None = None
     """For exporter file: one span per line, as JSON."""
     sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
