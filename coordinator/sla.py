@@ -78,9 +78,9 @@ def reading_s(worker: WorkerState, work: Work) -> float:
     """Until it has read `work`, with the answers that it writes meanwhile, those it keeps of its own prompts
     included."""
     latency = worker.latency
-    if not worker.num_decoding:
+    if not worker.blocks_placed:
         return latency.prefill.predict(work.features)
-    batch = worker.decoding
+    batch = _meanwhile(worker)
     # One step is under way, half of it done.
     return latency.beside_s(work, *batch) + latency.step_s(*batch) / 2
 
@@ -88,17 +88,24 @@ def reading_s(worker: WorkerState, work: Work) -> float:
 def reading_std_s(worker: WorkerState, work: Work) -> float:
     """Standard deviation of an observation about `reading_s`."""
     latency = worker.latency
-    if not worker.num_decoding:
+    if not worker.blocks_placed:
         return latency.prefill.std(work.features)
-    return latency.beside_std_s(work, *worker.decoding)
+    return latency.beside_std_s(work, *_meanwhile(worker))
+
+
+def _meanwhile(worker: WorkerState) -> tuple[int, int]:
+    """Sequences and context of its steps, on average, until it has read what it has to: those whose prompts
+    are read by then have joined."""
+    (seqs, context), (now, context_now) = worker.batch, worker.decoding
+    return (seqs + now + 1) // 2, (context + context_now + 1) // 2
 
 
 def steps_between_s(worker: WorkerState, tokens: int) -> float:
     """What the answers that a decode worker writes take of the time in which it reads `tokens`."""
-    if not worker.num_decoding:
+    if not worker.blocks_placed:
         return 0.0
     steps = math.ceil(tokens / max(worker.latency.chunk_tokens, 1.0))
-    return (0.5 + steps) * worker.latency.step_s(*worker.decoding)
+    return (0.5 + steps) * worker.latency.step_s(*_meanwhile(worker))
 
 
 def work_until(worker: WorkerState, tokens: int, goal: Goal, cached: int = 0) -> Work:

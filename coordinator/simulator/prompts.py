@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from coordinator.simulator.workload import PREFIX_BLOCK_TOKENS
 from pdserve.core.ids import AttemptId, WorkerId
 from pdserve.core.messages import RequestSpec
 
@@ -22,6 +20,8 @@ class Prompt:
     order: Urgency
     received: float
     done: int = 0
+    there: int = 0
+    """Tokens whose KV need not be sent, as who gets it has it."""
     compute_s: float = 0.0
 
 
@@ -41,11 +41,13 @@ class PromptQueue:
     tokens_left: int = 0
     count: int = 0
 
-    def add(self, spec: RequestSpec, to: WorkerId | None, now: float, *, cached: int = 0) -> None:
-        """cached: tokens at its beginning that need not be read."""
+    def add(
+        self, spec: RequestSpec, to: WorkerId | None, now: float, *, cached: int = 0, there: int = 0
+    ) -> None:
+        """cached: tokens at its beginning that need not be read. there: that need not be sent."""
         self.count += 1
         due = math.inf if spec.ttft_deadline is None else spec.ttft_deadline
-        prompt = Prompt(spec, to, (due, spec.priority, spec.arrival, self.count), now, done=cached)
+        prompt = Prompt(spec, to, (due, spec.priority, spec.arrival, self.count), now, cached, there)
         self.prompts[spec.attempt] = prompt
         self.tokens_left += len(spec.tokens) - cached
         heapq.heappush(self.waiting, (prompt.order, spec.attempt))
@@ -94,37 +96,3 @@ def work(chunks: list[Chunk]) -> tuple[int, float]:
         tokens += chunk.end - chunk.start
         pairs += (chunk.end * chunk.end - chunk.start * chunk.start) / 2
     return tokens, pairs
-
-
-class PrefixCache:
-    """Blocks of prompts that were read here, the least recently used forgotten first.
-
-    A modelled prompt's tokens say which blocks it is made of: every token of a block is the block's own id,
-    which is the same for equal beginnings alone (see `workload`).
-    """
-
-    def __init__(self, capacity_tokens: int) -> None:
-        self._capacity = capacity_tokens // PREFIX_BLOCK_TOKENS
-        self._blocks: OrderedDict[int, None] = OrderedDict()
-        self.hit_tokens = self.query_tokens = 0
-
-    def match(self, tokens: list[int]) -> int:
-        """How many tokens at the beginning are here. At least the last token is always left to read."""
-        self.query_tokens += len(tokens)
-        hit = 0
-        for at in range(0, len(tokens) - PREFIX_BLOCK_TOKENS, PREFIX_BLOCK_TOKENS):
-            block = tokens[at]
-            if block not in self._blocks:
-                break
-            self._blocks.move_to_end(block)
-            hit += PREFIX_BLOCK_TOKENS
-        self.hit_tokens += hit
-        return hit
-
-    def add(self, tokens: list[int]) -> None:
-        """Its full blocks."""
-        for at in range(0, len(tokens) - PREFIX_BLOCK_TOKENS + 1, PREFIX_BLOCK_TOKENS):
-            self._blocks[tokens[at]] = None
-            self._blocks.move_to_end(tokens[at])
-        while len(self._blocks) > self._capacity:
-            self._blocks.popitem(last=False)

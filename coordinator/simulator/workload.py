@@ -19,6 +19,11 @@ _OWN: Final = 1 << 30
 """Token ids from here on belong to one prompt alone; below, they are the trace's ids of blocks."""
 
 
+def is_shared(token: int) -> bool:
+    """Of a modelled prompt: other prompts may begin with the block that it belongs to."""
+    return token < _OWN
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlaClass:
     """Requests that want the same. None: no target."""

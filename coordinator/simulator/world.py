@@ -32,12 +32,11 @@ from coordinator.registry import TICK_S, Registry
 from coordinator.report import Report
 from coordinator.router import Router
 from coordinator.simulator.clock import Clock
-from coordinator.simulator.decode_worker import DecodeWorker
-from coordinator.simulator.prefill_worker import PrefillWorker
+from coordinator.simulator.prefix_cache import BlockKeys
 from coordinator.simulator.profile import Profile
 from coordinator.simulator.worker import Worker
 from coordinator.simulator.workload import Arrival
-from pdserve.core.config import Admission, LocalPrefill, RoutingPolicy
+from pdserve.core.config import Admission, LocalPrefill, RoutingPolicy, WholeOnPrefill
 from pdserve.core.errors import ConfigError, PdServeError
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
 from pdserve.core.layout import CacheGroup, Fingerprint, GroupLayout
@@ -80,6 +79,8 @@ class Setup:
     policy: RoutingPolicy
     admission: Admission = Admission.DEADLINE
     local_prefill: LocalPrefill = LocalPrefill.AUTO
+    whole_on_prefill: WholeOnPrefill = WholeOnPrefill.NEVER
+    fetch_prefixes: bool = False
     seed: int = 0
     max_queued_requests: int = 100_000
     timeout_s: float = 600.0
@@ -130,9 +131,12 @@ class World:
             transfer_deadline_s=30.0,
             admission=setup.admission,
             explain_last=setup.explain_last,
+            fetch_prefixes=setup.fetch_prefixes,
         )
-        self.registry: Final = Registry(settings, Router(setup.policy, setup.seed, setup.local_prefill))
+        router = Router(setup.policy, setup.seed, setup.local_prefill, setup.whole_on_prefill)
+        self.registry: Final = Registry(settings, router)
         self.clock: Final = Clock(network_s=_NET_S)
+        self._keys: Final = BlockKeys(setup.profile.block_tokens)
         self._workers: dict[WorkerId, Worker] = {}
         self._roles: dict[WorkerId, Role] = {}
         self._changing: dict[WorkerId, Role] = {}
@@ -214,7 +218,7 @@ class World:
         self, worker: Worker, to: WorkerId, attempt: AttemptId, now: float, *, written: int | None
     ) -> None:
         target = self._workers.get(to)
-        if isinstance(target, DecodeWorker):
+        if target is not None:
             target.landed(attempt, now, written=written)
 
     def _alive(self, worker: Worker) -> bool:
@@ -280,8 +284,7 @@ class World:
     def _join(self, name: WorkerId, *, epoch: int) -> None:
         role, profile = self._roles[name], self._setup.profile
         info = simulated_info(name, role, epoch, profile)
-        kind = PrefillWorker if role is Role.PREFILL else DecodeWorker
-        self._workers[name] = kind(info, profile, self)
+        self._workers[name] = Worker(info, profile, self, self._keys)
         self.handle(WorkerJoined(info=info, model=MODEL), self.clock.now)
 
     def _change_role(self, worker: Worker, role: Role, now: float) -> None:
@@ -289,8 +292,7 @@ class World:
         name, info = worker.info.worker, worker.info
         del self._changing[name]
         self._roles[name] = role
-        kind = PrefillWorker if role is Role.PREFILL else DecodeWorker
-        changed = kind(dataclasses.replace(info, role=role), self._setup.profile, self)
+        changed = Worker(dataclasses.replace(info, role=role), self._setup.profile, self, self._keys)
         self._workers[name] = changed
         self.tell(changed, [RoleChanged(worker=name, epoch=info.epoch, role=role)], now)
 
