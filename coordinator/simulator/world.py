@@ -16,6 +16,7 @@ from coordinator.book import RegistrySettings
 from coordinator.events import (
     Action,
     ChangeWorkerRole,
+    DrainWorker,
     End,
     Event,
     FromWorker,
@@ -26,8 +27,10 @@ from coordinator.events import (
     WorkerGone,
     WorkerJoined,
 )
+from coordinator.planner.limits import Limits
 from coordinator.planner.planner import Planner, PlannerRules
-from coordinator.planner.proposal import Flip, Standing
+from coordinator.planner.proposal import Flip, Scale, Standing
+from coordinator.planner.resizing import idlest
 from coordinator.registry import TICK_S, Registry
 from coordinator.report import Report
 from coordinator.router import Router
@@ -89,7 +92,11 @@ class Setup:
     explain_last: int = 0
     """How many requests are remembered for who asks later."""
     planner: PlannerRules | None = None
-    """Flips are made as it proposes them; None: the fleet stays as it is."""
+    """What it proposes is done; None: the fleet stays as it is."""
+    limits: Limits | None = None
+    """How many workers the planner may have, where its rules let it add and retire some."""
+    start_s: float = 30.0
+    """Until a worker that is added takes requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +115,7 @@ class Run:
     span_s: float = 0.0
     """Virtual, from the first arrival to the last; at least a second."""
     worker_hours: float = 0.0
-    """To the end of the last request."""
+    """To the end of the last request; of one that is added, from when it is asked for."""
     events: int = 0
     flips: list[tuple[float, str]] = field(default_factory=list)
     """When the planner changed what, and why."""
@@ -141,6 +148,12 @@ class World:
         self._roles: dict[WorkerId, Role] = {}
         self._changing: dict[WorkerId, Role] = {}
         """Told to take up another role, and not empty of the one they have."""
+        self._coming = 0
+        """Workers that were added, and take no requests yet."""
+        self._leaving: set[WorkerId] = set()
+        self._broken = 0
+        """Workers that died and are not back yet."""
+        self._paid_s, self._paid_until = 0.0, arrivals[0].at_s if arrivals else 0.0
         self._open: dict[RequestId, Arrival] = {}
         self._left = len(arrivals)
         self._planner = None if setup.planner is None else Planner(MODEL, setup.planner)
@@ -170,7 +183,8 @@ class World:
         run, arrivals = self._run, self._arrivals
         start = arrivals[0].at_s if arrivals else 0.0
         run.span_s = max(arrivals[-1].at_s - start, 1.0) if arrivals else 0.0
-        run.worker_hours = len(names) * (clock.now - start) / 3600
+        self._pay(clock.now)
+        run.worker_hours = self._paid_s / 3600
         run.events, run.decisions = clock.events, self._digest.hexdigest()
         return run
 
@@ -184,11 +198,17 @@ class World:
         planner, rules = self._planner, self._setup.planner
         if planner is None or rules is None:
             return
-        proposal = planner.plan(self.registry.fleet, now)
-        if proposal.standing is Standing.ACTED and isinstance(proposal.change, Flip):
+        if self._coming or self._leaving:
+            planner.changed(now)
+        proposal = planner.plan(self.registry.fleet, now, self._setup.limits)
+        if proposal.standing is Standing.ACTED:
             planner.changed(now)
             self._run.flips.append((now, str(proposal)))
-            self.handle(ChangeWorkerRole(worker=proposal.change.worker, role=proposal.change.to), now)
+            match proposal.change:
+                case Flip(worker=worker, to=role):
+                    self.handle(ChangeWorkerRole(worker=worker, role=role), now)
+                case Scale(role=role, by=by):
+                    self._scale(role, by, now)
         self.clock.at(now + rules.interval_s, self._plan)
 
     def _beat(self, worker: WorkerId, now: float) -> None:
@@ -198,6 +218,9 @@ class World:
             role = self._changing.get(worker)
             if role is not None and alive.empty:
                 self._change_role(alive, role, now)
+            if worker in self._leaving and alive.empty:
+                self._retired(alive, now)
+                return
         self.clock.at(now + self._setup.heartbeat_s, partial(self._beat, worker))
 
     def _next(self, rest: Iterator[tuple[int, Arrival]]) -> None:
@@ -296,19 +319,57 @@ class World:
         self._workers[name] = changed
         self.tell(changed, [RoleChanged(worker=name, epoch=info.epoch, role=role)], now)
 
+    def _scale(self, role: Role, by: int, now: float) -> None:
+        """Add workers, or drain those that are to go; `_beat` sees when nothing is left on them."""
+        for _ in range(by):
+            self._pay(now)
+            self._coming += 1
+            number = sum(name.startswith(role.value) for name in self._roles)
+            name = WorkerId(f"{role.value}-{number:04}")
+            self._roles[name] = role
+            self.clock.at(now + self._setup.start_s, partial(self._added, name))
+        for state in idlest(self.registry.fleet, MODEL, role)[: max(-by, 0)]:
+            self._leaving.add(state.id)
+            self.handle(DrainWorker(worker=state.id, timeout_s=None), now)
+
+    def _added(self, name: WorkerId, now: float) -> None:
+        self._pay(now)
+        self._coming -= 1
+        self._join(name, epoch=1)
+        self._plan_failure(name)
+        self._beat(name, now)
+
+    def _retired(self, worker: Worker, now: float) -> None:
+        name = worker.info.worker
+        self._pay(now)
+        self._leaving.discard(name)
+        del self._workers[name]
+        self.handle(WorkerGone(worker=name, epoch=worker.info.epoch, why="it was retired"), now)
+
+    def _pay(self, now: float) -> None:
+        """For the workers there are, up to now; those that are repaired too."""
+        num_paid = len(self._workers) + self._coming + self._broken
+        self._paid_s += num_paid * (now - self._paid_until)
+        self._paid_until = now
+
     def _plan_failure(self, name: WorkerId) -> None:
         rate = self._setup.failures.per_worker_hour / 3600
         if rate > 0:
             self.clock.at(self.clock.now + self._rng.expovariate(rate), lambda now: self._die(name, now))
 
     def _die(self, name: WorkerId, now: float) -> None:
-        worker = self._workers[name]
+        worker = self._workers.get(name)
+        if worker is None:
+            return  # it was retired before
         self._hear(worker, worker.died(now), now)
+        self._leaving.discard(name)
+        self._broken += 1
         del self._workers[name]
         self._changing.pop(name, None)
         self.handle(WorkerGone(worker=name, epoch=worker.info.epoch, why="simulated loss"), now)
 
         def back(at: float) -> None:
+            self._broken -= 1
             self._join(name, epoch=worker.info.epoch + 1)
             self._plan_failure(name)
 
