@@ -5,6 +5,7 @@ Work per token is one `bisect` (`gap`); the rest happens when a sample ends, or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics
@@ -51,6 +52,7 @@ class Metrics:
         self._itl = FastHistograms(catalog.ITL, self.registry)
         self._itl_of: dict[str, FastHistogram] = {}
         self._fleet = FleetCollector(self.registry)
+        self._start_phases: dict[str, tuple[str, ...]] = {}
         self._shown: dict[tuple[Counter, tuple[str, ...]], float] = {}
         self._instruments()
         for role, price in (
@@ -100,12 +102,21 @@ class Metrics:
         self.planner_capacity = self._gauge(catalog.PLANNER_CAPACITY)
         self.planner_wanted = self._gauge(catalog.PLANNER_WANTED)
         self.loop_lag = self._gauge(catalog.LOOP_LAG)
+        self._worker_start = self._gauge(catalog.WORKER_START)
 
     def _histogram(self, metric: catalog.Metric) -> FastHistograms:
         return FastHistograms(metric, self.registry)
 
     def _counter(self, metric: catalog.Metric) -> Counter:
         return Counter(metric.full_name, metric.help, metric.labels, registry=self.registry)
+
+    def worker_started(self, worker: str, seconds: Mapping[str, float]) -> None:
+        """By phase; phases of its former start that this one did not have are no more."""
+        for phase in self._start_phases.pop(worker, ()):
+            self._worker_start.remove(worker, phase)
+        self._start_phases[worker] = tuple(seconds)
+        for phase, took in seconds.items():
+            self._worker_start.labels(worker, phase).set(took)
 
     def _gauge(self, metric: catalog.Metric) -> Gauge:
         return Gauge(metric.full_name, metric.help, metric.labels, registry=self.registry)

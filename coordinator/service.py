@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +175,10 @@ class Coordinator:
         self._addresses[info.worker] = (address, name)
         running.dispatcher.worker_joined(channel, info, name, rest)
         return info
+
+    def worker_started(self, worker_id: WorkerId, seconds: Mapping[str, float]) -> None:
+        """How long each phase of its start took, for the metrics."""
+        self._metrics.worker_started(worker_id, seconds)
 
     async def remove_worker(self, worker_id: WorkerId, why: str) -> None:
         """The worker's process has ended for certain: its requests go on elsewhere. Unknown ids: nothing."""

@@ -30,6 +30,7 @@ from pdserve.cluster.placement import Node, PlacementPlan, most_ranks, plan_plac
 from pdserve.cluster.ray_host import HostedModel, RayHost
 from pdserve.cluster.ray_session import RaySession, close_session, join_kept, open_session
 from pdserve.cluster.scaling import ClusterScaler
+from pdserve.cluster.start_times import StartTimes
 from pdserve.cluster.supervisor import Supervisor
 from pdserve.core.config import ModelEntry, ServeConfig
 from pdserve.core.errors import ConfigError, PdServeError
@@ -140,12 +141,13 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         stack.callback(_log_to_files(config, session).close)
         report("ray", "Ray runs", 1.0)
         plan = await _plan(config, session, report)
-        host = RayHost(session, plan, config, hosted, _worker_progress(report), identity)
-        await host.reserve()
-        stack.callback(host.release)
         coordinator = Coordinator(
             config, served, ray_targets=session.metrics_targets, keys=environment.api_keys
         )
+        starts = StartTimes(coordinator.worker_started)
+        host = RayHost(session, plan, config, hosted, _worker_progress(report, starts), identity)
+        await host.reserve()
+        stack.callback(host.release)
         supervisors = tuple(
             Supervisor(
                 host,
@@ -413,8 +415,12 @@ def _write_token(session: RaySession) -> Path | None:
     return path
 
 
-def _worker_progress(report: Report) -> Callable[[WorkerId, Progress], None]:
-    return lambda worker, progress: report(str(worker), progress.text, progress.fraction)
+def _worker_progress(report: Report, starts: StartTimes) -> Callable[[WorkerId, Progress], None]:
+    def told(worker: WorkerId, progress: Progress) -> None:
+        report(str(worker), progress.text, progress.fraction)
+        starts.told(worker, progress)
+
+    return told
 
 
 def refuse_slow_allocator(environment: Environment) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 import ray
 
 from pdserve.cluster.ray_session import RaySession
+from pdserve.cluster.start_times import READY
 from pdserve.core import errors
 from pdserve.core.errors import CheckpointError, ConfigError, PdServeError, WorkerLost
 from pdserve.core.ids import WorkerId
@@ -60,6 +61,7 @@ class RayWorker:
             raise failures.exceptions[0] from None
 
     async def _start(self, on_progress: OnProgress) -> None:
+        on_progress(self.worker, Progress(fraction=0.0, text="starting its process"))
         async for step in self._steps():
             match step:
                 case Progress():
@@ -68,7 +70,7 @@ class RayWorker:
                     raise _typed(self.worker, error, message)
                 case Started(address=address, pid=pid):
                     self.address, self.pid = address, pid
-                    on_progress(self.worker, Progress(fraction=1.0, text="ready"))
+                    on_progress(self.worker, READY)
         self.watch(self.pid)
         self.follow()
 

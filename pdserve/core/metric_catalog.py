@@ -275,6 +275,14 @@ WORKER_UP: Final = _gauge(
 WORKER_DRAINING: Final = _gauge(
     "worker_draining", "bool", "1 while it takes no new requests", "worker", source=_W
 )
+WORKER_START: Final = _gauge(
+    "worker_start_seconds",
+    "seconds",
+    "Its latest start by phase: process, ranks, copy, kernels, weights, matrices, kv_cache, graphs, transfer",
+    "worker",
+    "phase",
+    source=_W,
+)
 WORKER_DEVICES: Final = _gauge(
     "worker_devices", "devices", "GPUs, or cores, it computes on", "worker", "role", "device", source=_W
 )

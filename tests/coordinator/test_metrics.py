@@ -143,11 +143,21 @@ def busy_metrics() -> Metrics:
     tally.ended["m", FetchOutcome.ARRIVED] += 1
     tally.moved("m", "shm", 4096, 0.01)
     metrics.observe_fetches(tally)
+    metrics.worker_started("decode-0", {"process": 2.0, "weights": 1.5})
     metrics.planner_plans.labels("m", "keep").inc()
     metrics.planner_rate.labels("m").set(1.0)
     metrics.planner_capacity.labels("m", "now").set(2.0)
     metrics.planner_wanted.labels("m", "decode").set(3.0)
     return metrics
+
+
+def test_a_workers_next_start_replaces_the_phases_of_the_former_one() -> None:
+    metrics = Metrics(PRICES)
+    metrics.worker_started("decode-0", {"process": 2.0, "kernels": 30.0})
+    metrics.worker_started("decode-0", {"process": 3.0})
+    page = generate_latest(metrics.registry).decode()
+    assert 'pdserve_worker_start_seconds{phase="process",worker="decode-0"} 3.0' in page
+    assert "kernels" not in page.replace(catalog.WORKER_START.help, "")
 
 
 def test_a_scrape_shows_every_metric_of_the_catalogue_and_no_other_with_its_kind_labels_and_words() -> None:
