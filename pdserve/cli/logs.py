@@ -1,16 +1,17 @@
-"""`pdserve logs REQUEST`: every line of a request on this machine, of whatever process, in order of time."""
+"""`pdserve logs REQUEST`: every line of a request on all machines, of whatever process, in order of time."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 from pdserve.cli.console import ERR
+from pdserve.core.errors import ConfigError
 
 _ROOT: Final = Path("/tmp")
 _FOLDERS: Final = ("pdserve-*/ray/session_*/logs", "ray/session_*/logs")
@@ -18,43 +19,81 @@ _FOLDERS: Final = ("pdserve-*/ray/session_*/logs", "ray/session_*/logs")
 _FILES: Final = ("pdserve-coordinator.log", "worker-*.err", "worker-*.out")
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")
 
+Found = tuple[str, str]
+"""(where it belongs among the others, line)."""
+
 
 def logs(
     request: Annotated[str, typer.Argument(help="A request's id, or an attempt's.")],
     folder: Annotated[
         Path | None,
-        typer.Option("--dir", help="Where the logs are; all sessions on this machine by default."),
+        typer.Option("--dir", help="Only the logs in this folder; no other machine is asked."),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="HOST:PORT",
+            envvar="RAY_ADDRESS",
+            help="Head of the Ray cluster whose machines are asked; else the one this machine is part of.",
+        ),
     ] = None,
 ) -> None:
-    """Show every log line of a request, from the coordinator and all workers of this machine."""
+    """Show every log line of a request, from the coordinator and all workers, on all machines."""
     folders = [folder] if folder is not None else sorted(_session_folders())
-    found = sorted({line for each in folders for line in lines_of(request, each)})
-    for _, line in found:
+    found = {line for each in folders for line in lines_of(request, each)}
+    where = [str(each) for each in folders]
+    if folder is None:
+        where += _on_other_machines(request, cluster, found)
+    for _, line in sorted(found):
         typer.echo(line)
     if not found:
-        ERR.print(
-            f"no line about {request} in {', '.join(map(str, folders)) or 'any session on this machine'}"
-        )
+        ERR.print(f"no line about {request} in {', '.join(where) or 'any session on this machine'}")
         raise typer.Exit(1)
 
 
-def lines_of(request: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """(time, line) of each line about a request, its samples or an attempt.
+def lines_of(request: str, folder: Path) -> Iterator[Found]:
+    """Of the files of one session's folder."""
+    for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
+        yield from lines_about(request, path.name, path.read_text(errors="replace").splitlines())
+
+
+def lines_about(request: str, name: str, lines: Iterable[str]) -> Iterator[Found]:
+    """Each line of the file called `name` about a request, its samples or an attempt.
 
     What has no time of its own belongs to the line before it, as a traceback does.
     """
     mine = re.compile(rf"(?<![\w.-]){re.escape(request)}(?![\w-])")
-    for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
-        at, ours = "", False
-        number = 0
-        for line in path.read_text(errors="replace").splitlines():
-            moment = _moment(line)
-            if moment:
-                at, ours, number = moment, bool(mine.search(line)), 0
-            if ours:
-                # A number keeps the lines of a traceback in order.
-                yield f"{at} {path.name} {number:05d}", line
-                number += 1
+    at, ours, number = "", False, 0
+    for line in lines:
+        moment = _moment(line)
+        if moment:
+            at, ours, number = moment, bool(mine.search(line)), 0
+        if ours:
+            # A number keeps the lines of a traceback in order.
+            yield f"{at} {name} {number:05d}", line
+            number += 1
+
+
+def _on_other_machines(request: str, cluster: str | None, found: set[Found]) -> list[str]:
+    """Adds to `found`; returns what was searched. Our own machine's lines come again, and are the same."""
+    # Here, not at the top: Ray takes a second to import.
+    from pdserve.cluster.node_logs import cluster_here, lines_in, node_files
+
+    address = cluster or cluster_here()
+    if address is None:
+        return []
+    asked: set[str] = set()
+    for file in node_files(address, _FILES):
+        if isinstance(file, str):
+            ERR.print(f"a machine does not tell its logs: {file}")
+            continue
+        asked.add(file.node_ip)
+        try:
+            found.update(lines_about(request, file.name, lines_in(address, file)))
+        except ConfigError as error:  # the others may have the lines
+            ERR.print(str(error))
+    return sorted(asked)
 
 
 def _moment(line: str) -> str:
