@@ -2,7 +2,8 @@
 
 Random weights in bfloat16, one process, no server. A step of pdserve is one `ModelRunner.forward`: prompts
 through the paged pool, logits of the last rows. A step of transformers is one forward of the same shape with
-its own cache, attention by `scaled_dot_product_attention`.
+its own cache, attention by `scaled_dot_product_attention`. llama.cpp, where it is set up
+(`python -m benchmarks.peers setup llamacpp`), measures itself before them: benchmarks/llamacpp_steps.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.environment import REPO
 from benchmarks.floors import Floors, Row, best_of, measure_floors, write
+from benchmarks.llamacpp_steps import PeerFailed, llamacpp_checkpoint, prompt_seconds, step_seconds
+from benchmarks.peers import LLAMACPP
+from benchmarks.processes import ServerDied
 from benchmarks.shapes import SHAPES, Shape
 from pdserve.core.config import CacheSettings, ModelSettings
 from pdserve.core.ids import BlockId
@@ -57,6 +62,7 @@ CASES: Final = (
     Case("4 streams at 160", 4, 160, 1),
     Case("16 streams at 160", 16, 160, 1),
 )
+SHORT_CONTEXT: Final = 160
 BLOCKS: Final = 128
 
 
@@ -126,6 +132,25 @@ def their_step(model: Any, case: Case, device: torch.device) -> Callable[[], obj
     return step
 
 
+def llamacpp_seconds(shape: Shape, threads: int) -> dict[Case, float]:
+    """Empty where llama.cpp is not set up, or fails.
+
+    Contexts of thousands of tokens are left out: it would read them anew for every turn.
+    """
+    if shape.name not in SHAPES or not LLAMACPP.is_ready(REPO):
+        return {}
+    try:
+        gguf = llamacpp_checkpoint(shape)
+        decoded = [case for case in CASES if case.new == 1 and case.context == SHORT_CONTEXT]
+        steps = step_seconds(gguf, SHORT_CONTEXT, sorted({case.rows for case in decoded}), threads)
+        found = {case: steps[case.rows] for case in decoded}
+        found |= {case: prompt_seconds(gguf, case.new, threads) for case in CASES if case.new > 1}
+    except (PeerFailed, ServerDied, OSError) as error:
+        print(f"llama.cpp is left out: {error}", file=sys.stderr)
+        return {}
+    return found
+
+
 def measure(
     shape: Shape, threads: int, floors: Floors, device: torch.device, *, peers: bool, turns: int
 ) -> Iterator[Row]:
@@ -134,12 +159,16 @@ def measure(
     if device.type == "cpu":
         engines["pdserve, torch alone"] = engine_of(shape, device, native=False)
     model = transformers_model(shape, device) if peers else None
+    theirs = llamacpp_seconds(shape, threads) if peers and device.type == "cpu" else {}
     for case in CASES:
         works = {name: our_step(engine, case) for name, engine in engines.items()}
         if model is not None:
             works["transformers"] = their_step(model, case, device)
         num_bytes, flops = case.num_bytes(shape), case.flops(shape)
-        for by, seconds in best_of(works, turns, device).items():
+        taken = best_of(works, turns, device)
+        if case in theirs:
+            taken["llama.cpp"] = theirs[case]
+        for by, seconds in taken.items():
             yield Row(
                 case=f"{shape.name}, {case.name}",
                 by=by,
@@ -156,7 +185,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="135M,1B", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--threads", default=f"1,{len(os.sched_getaffinity(0))}", help="of a CPU")
     parser.add_argument("--turns", type=int, default=TURNS, help="of which the best counts")
-    parser.add_argument("--no-peers", action="store_true", help="leave transformers out")
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--out", type=Path, default=Path("out/engine"), help="without a suffix")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

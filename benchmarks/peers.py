@@ -146,6 +146,11 @@ def llama_server(folder: Path) -> Path:
     return folder / "src" / "build" / "bin" / "llama-server"
 
 
+def batched_bench(folder: Path) -> Path:
+    """llama.cpp's own measuring of its steps."""
+    return folder / "src" / "build" / "bin" / "llama-batched-bench"
+
+
 def _install_llamacpp(folder: Path, requirements: Sequence[str]) -> None:
     # Its converter reads checkpoints with torch and transformers.
     _install_beside_torch(folder, [name for name in requirements if name != LLAMACPP_SOURCE])
@@ -164,7 +169,8 @@ def _install_llamacpp(folder: Path, requirements: Sequence[str]) -> None:
         _unpack_llamacpp(folder / "src", source)
     build, cmake = folder / "src" / "build", str(folder / "bin" / "cmake")
     run(cmake, "-S", str(source), "-B", str(build), *LLAMACPP_OPTIONS)
-    run(cmake, "--build", str(build), "--target", "llama-server", "--parallel", str(len(allowed_cores())))
+    targets = [llama_server(folder).name, batched_bench(folder).name]
+    run(cmake, "--build", str(build), "--target", *targets, "--parallel", str(len(allowed_cores())))
 
 
 def _unpack_llamacpp(downloads: Path, source: Path) -> None:

@@ -72,12 +72,12 @@ class Shape:
         (folder / "config.json").write_text(json.dumps(config))
 
 
-SHAPES: Final = {
+SHAPES: Final = {  # up to 1B with the default model's vocabulary, whose tokenizer they can be given
     "135M": Shape(
         name="135M", hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, ff=1536, vocab=49152, tied=True
     ),
     "1B": Shape(
-        name="1B", hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ff=8192, vocab=32000, tied=False
+        name="1B", hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ff=8192, vocab=49152, tied=False
     ),
     "8B": Shape(
         name="8B",
