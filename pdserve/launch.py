@@ -27,11 +27,12 @@ from coordinator.service import Coordinator
 from pdserve.cluster import kept_ray
 from pdserve.cluster.keeper import KeeperSpec
 from pdserve.cluster.placement import Node, PlacementPlan, most_ranks, plan_placement
-from pdserve.cluster.ray_host import HostedModel, RayHost
+from pdserve.cluster.ray_host import RayHost
 from pdserve.cluster.ray_session import RaySession, close_session, join_kept, open_session
 from pdserve.cluster.scaling import ClusterScaler
 from pdserve.cluster.start_times import StartTimes
 from pdserve.cluster.supervisor import Supervisor
+from pdserve.cluster.worker_specs import HostedModel
 from pdserve.core.config import ModelEntry, ServeConfig
 from pdserve.core.errors import ConfigError, PdServeError
 from pdserve.core.ids import WorkerId

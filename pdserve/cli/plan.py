@@ -20,7 +20,8 @@ def plan(
 ) -> None:
     """What the planner proposes: the split of workers it wants, what that would bring, and why.
 
-    planner.mode in the configuration turns it on; `active` lets it change roles by itself.
+    planner.mode in the configuration turns it on; `active` lets it change roles by itself, and add and retire
+    workers within its limits. Shows those that come and go, too.
     """
     answer = ask(address, access=access())
     if not answer.proposals:
@@ -38,3 +39,6 @@ def plan(
             OUT.print(f"  next       {escape(one.change)}")
             OUT.print(f"  gain       {one.gain:.1%} ± {one.uncertainty:.1%} of the requests")
         OUT.print(f"  why        {escape(one.reason)}")
+        for change in one.changes:
+            what = f"{change.worker} ({change.role}) {change.state}{': ' if change.text else ''}{change.text}"
+            OUT.print(f"  workers    {escape(what)}")

@@ -263,8 +263,8 @@ def _gpus_per_worker(config: ServeConfig, num_ranks: int, nodes: Sequence[Node])
     if asked is not None:
         if asked * num_ranks > total + 1e-9:
             raise ConfigError(
-                f"{who} want {asked:g} GPUs each, the cluster has {total:g}; start fewer workers, or let them "
-                "share: cluster.gpus_per_worker below 1"
+                f"{who} want {asked:g} GPUs each, the cluster has {total:g}; start fewer workers, or let "
+                "them share: cluster.gpus_per_worker below 1"
             )
         return asked
     if total == 0:

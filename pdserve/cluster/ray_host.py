@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,15 +33,14 @@ from pdserve.cluster.placement import (
 )
 from pdserve.cluster.ray_session import NAMESPACE, RaySession
 from pdserve.cluster.ray_worker import OnProgress, RayWorker, first_line
-from pdserve.core.config import CacheSettings, ServeConfig
+from pdserve.cluster.worker_specs import HostedModel, WorkerSpecs
+from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ConfigError, WorkerLost
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
 from pdserve.elastic.actor import DecodeActor, PrefillActor
-from pdserve.worker.cores import CoreShare
 from pdserve.worker.hosting import Described, HostedWorker, Progress
 from pdserve.worker.ranks.actor import RankActor
-from pdserve.worker.ranks.names import RankSpec
 from pdserve.worker.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -62,17 +59,6 @@ def draining_nodes() -> Mapping[str, int]:
     """Nodes that were told to go (a preemption notice, an autoscaler), as Ray's GCS knows them."""
     nodes: Mapping[str, int] = ray._private.state.state.get_draining_nodes()
     return nodes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostedModel:
-    """One of the models that workers are started for."""
-
-    config: ServeConfig
-    """As if it were the only one."""
-    model_dir: Path
-    draft_model_dir: Path | None = None
-    """Of speculative decoding, where a model guesses."""
 
 
 class RayHost:
@@ -106,6 +92,7 @@ class RayHost:
         """Also those that are no more: no name is used twice."""
         self._node_of: dict[WorkerId, str] = {}
         self._pinned: dict[WorkerId, tuple[int, ...]] = {}
+        self._specs = WorkerSpecs(session, plan, config, models, identity, self._node_of, self._pinned)
 
     @property
     def outlives_us(self) -> bool:
@@ -257,7 +244,7 @@ class RayHost:
             # What started there would be drained at once. `watch_nodes` sees the node go.
             await asyncio.sleep(_LOOK_AT_NODES_S)
             self._find_node(slot)
-        spec = self._spec(slot, epoch)
+        spec = self._specs.of(slot, epoch)
         worker = await self._create_ranks(slot, spec)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(worker.kill)
@@ -326,61 +313,6 @@ class RayHost:
             if any(word.startswith("ray::") for word in psutil.Process(pid).cmdline()):
                 return pid
         return 0
-
-    def _spec(self, slot: WorkerSlot, epoch: int) -> WorkerSpec:
-        model = self._models[slot.model]
-        return WorkerSpec(
-            worker=slot.worker,
-            role=slot.role,
-            epoch=epoch,
-            config=worker_config(model.config, self._plan),
-            model_dir=model.model_dir,
-            draft_model_dir=model.draft_model_dir,
-            identity=self._identity,
-            listen=self._listen(slot, epoch),
-            device="cuda:0" if self._plan.uses_gpus else "cpu",
-            num_threads=None if self._plan.uses_gpus else max(1, len(self._pinned[slot_ranks(slot)[0]])),
-            core_share=self._core_share(slot),
-            profile_s=model.config.cluster.profile_s,
-            ranks=None if slot.ranks == 1 else self._meeting(slot, epoch),
-        )
-
-    def _meeting(self, slot: WorkerSlot, epoch: int) -> RankSpec:
-        """Where the ranks of a worker meet; as its first one sees it."""
-        here = self._node_of[slot.worker] == self._session.node_id
-        root = self._session.run_dir.path if here else Path(tempfile.gettempdir())
-        name = f"{slot.worker}.{epoch}" if here else f"{NAMESPACE}-{slot.worker}.{secrets.token_hex(8)}"
-        return RankSpec(rank=0, size=slot.ranks, meeting=root / f"{name}.ranks")
-
-    def _core_share(self, slot: WorkerSlot) -> CoreShare | None:
-        """None on GPUs, beside workers of several ranks, where workers are on other machines than the board,
-        and for workers that were added."""
-        if self._plan.uses_gpus or not self._config.cluster.lend_cores or not self._all_here():
-            return None
-        if any(other.ranks > 1 for other in self._plan.slots):  # ranks wait for one another: none may lag
-            return None
-        planned = [(index, other.worker) for index, other in enumerate(self._plan.slots)]
-        indexed = [(index, worker) for index, worker in planned if worker in self._pinned]
-        if slot.worker not in dict(indexed).values():  # it was added: the others know nothing of its cores
-            return None
-        return CoreShare(
-            board=self._session.run_dir.path / "cores",
-            index=next(index for index, worker in indexed if worker == slot.worker),
-            cores=self._pinned[slot.worker],
-            others=tuple((index, self._pinned[worker]) for index, worker in indexed if worker != slot.worker),
-            # A decode step is bound by memory, which one core nearly fills.
-            borrows=slot.role is Role.PREFILL,
-        )
-
-    def _all_here(self) -> bool:
-        return set(self._node_of.values()) == {self._session.node_id}
-
-    def _listen(self, slot: WorkerSlot, epoch: int) -> str:
-        """A unix socket while every worker is on our own machine, else TCP on the worker's address."""
-        if self._all_here():
-            return f"unix:{self._session.run_dir.path}/{slot.worker}.{epoch}.sock"
-        hosts = {node.id: node.host for node in self._session.nodes()}
-        return f"tcp:{hosts[self._node_of[slot.worker]]}:0"
 
     async def _create_ranks(self, slot: WorkerSlot, spec: WorkerSpec) -> RayWorker:
         """The actors of a worker: its leader, and the followers where it has several ranks."""
@@ -454,12 +386,3 @@ def _give_group_back() -> None:
     group = get_current_placement_group()
     if group is not None:
         remove_group(group)
-
-
-def worker_config(config: ServeConfig, plan: PlacementPlan) -> ServeConfig:
-    """The config a worker gets: GPU memory is divided among the workers that share a GPU."""
-    if plan.workers_per_gpu == 1:
-        return config
-    share = config.cache.gpu_memory_utilization / plan.workers_per_gpu
-    cache: CacheSettings = config.cache.model_copy(update={"gpu_memory_utilization": share})
-    return config.model_copy(update={"cache": cache})

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -34,10 +34,17 @@ class Served:
     """One `pdserve serve` process."""
 
     def __init__(
-        self, checkpoint: Path, port: int, log: Path, *, linger_s: float, strike: Path | None = None
+        self,
+        checkpoint: Path,
+        port: int,
+        log: Path,
+        *,
+        linger_s: float,
+        strike: Path | None = None,
+        more: Sequence[str] = (),
     ) -> None:
-        """strike: as `tests.support.struck_serve` takes it."""
-        settings = ["cache.num_blocks=512", "cache.block_size=16", "cluster.heartbeat_s=0.1"]
+        """strike: as `tests.support.struck_serve` takes it. more: settings, as `key=value`."""
+        settings = ["cache.num_blocks=512", "cache.block_size=16", "cluster.heartbeat_s=0.1", *more]
         settings.append(f"cluster.linger_s={linger_s}")
         options = [word for setting in settings for word in ("--set", setting)]
         self.grpc, self._log = f"127.0.0.1:{port}", log

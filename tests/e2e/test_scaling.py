@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from pdserve.core.proto.pdserve.v1 import admin_pb2 as pb
 from tests.e2e.conftest import config_of
 from tests.e2e.test_disaggregated import prompt_of
 from tests.e2e.test_faults import Streaming
+from tests.e2e.test_restart import Served, ended, free_port, until_every_block_is_back
 from tests.support.whole_cluster import RunningDeployment, greedy
 
 pytestmark = [pytest.mark.ray]
@@ -79,3 +82,37 @@ def test_where_there_is_no_room_for_a_worker_that_is_said_at_once(scalable: Runn
     assert told[-1].prefill + told[-1].decode == 3
     decode_workers(scalable, 1)
     list(scale(scalable.deployment.grpc, prefill=1))
+
+
+@pytest.mark.slow
+def test_the_next_serve_has_the_workers_that_there_were_and_not_those_of_the_configuration(
+    tiny_oracle: Oracle, tmp_path: Path
+) -> None:
+    """It is killed after decode-1 was retired and decode-2 added, and while decode-3 starts."""
+    port, growing = free_port(), ["planner.max_decode=3", "planner.mode=off"]
+    first = Served(tiny_oracle[0], port, tmp_path / "first.log", linger_s=60, more=growing)
+    with ended(first.process):
+        first.until_ready()
+        for count in (2, 1, 2):
+            list(scale(first.grpc, decode=count))
+        for told in scale(first.grpc, decode=3):
+            if any(change.state == "starting" for change in told.changes):
+                break
+        first.process.kill()
+        first.process.wait()
+        again = Served(tiny_oracle[0], port, tmp_path / "again.log", linger_s=60, more=growing)
+        with ended(again.process):
+            again.until_ready()
+            assert "taking over" in again.said()
+            prompt = prompt_of(60, seed=3)
+            with again.client() as client:
+                answer = client.generate(prompt_token_ids=prompt, max_tokens=8, temperature=0.0)
+            assert list(answer.token_ids) == greedy(tiny_oracle[1], prompt, 8)
+            up = set(re.findall(r'pdserve_worker_up{[^}]*worker="([^"]+)"[^}]*} 1', again.metrics()))
+            # Whether decode-3 had a process yet is not known.
+            assert up - {"decode-3"} == {"prefill-0", "decode-0", "decode-2"}
+            told = list(scale(again.grpc, decode=1))
+            assert (told[-1].prefill, told[-1].decode) == (1, 1)
+            until_every_block_is_back(again)
+            again.process.send_signal(signal.SIGTERM)
+            assert again.process.wait(60) == 0, again.said()

@@ -16,7 +16,7 @@ from pdserve.cluster.placement import (
     require_room,
     slot_cores,
 )
-from pdserve.cluster.ray_host import worker_config
+from pdserve.cluster.worker_specs import worker_config
 from pdserve.core.config import ClusterSettings, DecodeSettings, PrefillSettings, ServeConfig
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
