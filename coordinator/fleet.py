@@ -118,6 +118,13 @@ class WorkerState:
     def decodes(self, attempt: AttemptId) -> None:
         """Its prompt has been read: it writes its answer from now on."""
         self._arriving.discard(attempt)
+        self._tell_writing()
+
+    def _tell_writing(self) -> None:
+        """A prefill worker keeps few answers, and short ones: its steps are known by what runs now, not by what
+        ran at its last heartbeat."""
+        if self.info.role is Role.PREFILL:
+            self.latency.writes(*self.decoding)
 
     @property
     def num_placed(self) -> int:
@@ -179,6 +186,7 @@ class WorkerState:
         blocks = self.blocks_placed.pop(attempt, None)
         if blocks is not None:
             self._blocks_sum -= blocks
+            self._tell_writing()
             self.room_may_have_appeared()
 
     def room_may_have_appeared(self) -> None:
@@ -202,7 +210,10 @@ class WorkerState:
         if beat.tokens_per_s > 0:
             self.tokens_per_s = beat.tokens_per_s
         self.pace.heard(beat)
-        self.latency.heard(beat if self.info.role is Role.DECODE else self._as_writer(beat))
+        if self.info.role is Role.DECODE:
+            self.latency.heard(beat)
+        else:
+            self.latency.heard(self._as_writer(beat), reads=True)
         self.room_may_have_appeared()
 
     def _as_writer(self, beat: Heartbeat) -> Heartbeat:

@@ -202,8 +202,15 @@ class LatencyModel:
                 seconds = max(seconds - self.step_s(*self._decoding), seconds * _LEAST_READING)
         self.prefill.learn(work.features, seconds)
 
-    def heard(self, beat: Heartbeat) -> None:
-        """Of a decode worker: its average step since the heartbeat before, with the batch that it has."""
+    def writes(self, seqs: int, context_tokens: int) -> None:
+        """What its steps write from now on, besides what they read."""
+        self._decoding = (seqs, context_tokens)
+
+    def heard(self, beat: Heartbeat, *, reads: bool = False) -> None:
+        """Its average step since the heartbeat before, with the batch that it has.
+
+        reads: most of its steps read prompts. Then those alone say how it writes between which it read none.
+        """
         num_steps, busy_s = beat.steps - self._num_steps, beat.busy_s - self._busy_s
         read = self._read_since_beat or bool(self._steps.reading)
         self._num_steps, self._busy_s, self._read_since_beat = beat.steps, beat.busy_s, False
@@ -214,6 +221,8 @@ class LatencyModel:
         if step_s <= 0:
             return
         batch = (1, beat.running, beat.waiting_tokens)
+        if read and reads:
+            return
         if read and self.decode.count:
             more_s = step_s - self.decode.predict(batch)
             self.reading_adds_s += _TRACK * (more_s - self.reading_adds_s)
