@@ -10,14 +10,14 @@ import ctypes
 import functools
 import threading
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pdcpu.build import KernelsUnavailable, build, recipe
 
-ABI: Final = 1
+ABI: Final = 2
 PANEL: Final = 64
 """Outputs of one panel of a packed weight, and keys of one panel of attention."""
 
@@ -81,6 +81,7 @@ _SIGNATURES: Final = {
     "pd_abi": (c_int32, ()),
     "pd_instructions": (c_char_p, ()),
     "pd_set_helpers": (None, (c_int32, c_void_p, c_void_p, c_void_p)),
+    "pd_patience": (None, (c_int64, c_void_p, c_void_p, c_void_p, c_void_p)),
     "pd_packed_bytes": (c_int64, (c_int64, c_int64)),
     "pd_padded_row": (c_int64, (c_int64,)),
     "pd_pack": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
@@ -160,6 +161,16 @@ class Library:
             firsts, addresses = (c_int32 * len(first))(*first), (c_void_p * len(owners))(*owners)
             self._dll.pd_set_helpers(len(helpers), cpus, firsts, addresses)
             self._helpers = tuple(helpers)
+
+    def rests_after(self, loops: Sequence[tuple[int, int, int]]) -> list[bool]:
+        """Whether helpers on borrowed cores would rest after each of these loops.
+
+        Nanoseconds: how long it was shared, how long the caller then waited for a helper's tile, and when.
+        """
+        columns = [(c_int64 * len(loops))(*column) for column in zip(*loops, strict=True)]
+        rests = (c_uint8 * len(loops))()
+        self._dll.pd_patience(len(loops), *columns, rests)
+        return [bool(rest) for rest in rests]
 
 
 _computing: list[Library] = []

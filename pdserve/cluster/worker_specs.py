@@ -83,12 +83,12 @@ class WorkerSpecs:
         indexed = [(index, worker) for index, worker in planned if worker in self._pinned]
         if slot.worker not in dict(indexed).values():  # it was added: the others know nothing of its cores
             return None
+        lenders = lenders_of(slot, [other for other in self._plan.slots if other.worker in self._pinned])
         return CoreShare(
             board=self._session.run_dir.path / "cores",
             index=next(index for index, worker in indexed if worker == slot.worker),
             cores=self._pinned[slot.worker],
-            others=tuple((index, self._pinned[worker]) for index, worker in indexed if worker != slot.worker),
-            # A decode step is bound by memory, which one core nearly fills.
+            others=tuple((index, self._pinned[worker]) for index, worker in indexed if worker in lenders),
             borrows=slot.role is Role.PREFILL,
         )
 
@@ -110,3 +110,17 @@ def worker_config(config: ServeConfig, plan: PlacementPlan) -> ServeConfig:
     share = config.cache.gpu_memory_utilization / plan.workers_per_gpu
     cache: CacheSettings = config.cache.model_copy(update={"gpu_memory_utilization": share})
     return config.model_copy(update={"cache": cache})
+
+
+def lenders_of(borrower: WorkerSlot, slots: Sequence[WorkerSlot]) -> frozenset[WorkerId]:
+    """Whose cores a worker may compute on: a prefill worker, everybody's; a decode worker, those of its part
+    of the prefill workers.
+
+    A helper that shares its core with another one is slow, and holds up whoever it helps. Prompts come now
+    and then, but decode workers compute nearly always: so no core is lent to two of them.
+    """
+    if borrower.role is Role.PREFILL:
+        return frozenset(slot.worker for slot in slots) - {borrower.worker}
+    readers = [slot.worker for slot in slots if slot.role is Role.PREFILL]
+    writers = [slot.worker for slot in slots if slot.role is Role.DECODE]
+    return frozenset(readers[writers.index(borrower.worker) :: len(writers)])

@@ -37,10 +37,10 @@ class CoreShare:
     index: int
     cores: tuple[int, ...]
     others: tuple[tuple[int, tuple[int, ...]], ...]
-    """(index, cores) of every other worker of this machine."""
+    """(index, cores) of the other workers of this machine whose cores it may borrow."""
     borrows: bool
-    """Whether it computes on the cores of others. Not for short steps: they wait for a helper that was
-    interrupted in the middle of a tile, by a coordinator or a client that also uses the core."""
+    """Whether torch, where it computes, borrows too. Not for short steps: each of its loops waits for the
+    slowest thread. Kernels of our own always borrow: they see what it costs, and rest."""
 
     def among(self, allowed: Iterable[int]) -> CoreShare:
         """The same, when the numbers of cores were indices into `allowed`, wrapped around."""
@@ -111,7 +111,7 @@ class CoreLender:
     def _helpers(self) -> list[HelperCore]:
         """One for every core of ours but the compute thread's, and for those of others who may be idle."""
         owners: dict[int, list[int]] = {core: [] for core in self._share.cores[1:]}
-        for index, cores in self._others if self._share.borrows else ():
+        for index, cores in self._others:
             for core in cores - self._own:
                 owners.setdefault(core, []).append(self._address + index)
         return [HelperCore(core, tuple(addresses), self._board) for core, addresses in sorted(owners.items())]

@@ -83,3 +83,45 @@ def test_a_core_that_does_not_exist_is_no_obstacle(library: Library) -> None:
 def test_the_helpers_that_were_set_are_known(library: Library, count: int) -> None:
     library.set_helpers([HelperCore(None)] * count)
     assert len(library.helpers) == count
+
+
+MS = 1_000_000
+QUICK = (MS, MS // 5)
+"""A loop whose last tile was a helper's: the caller waited for less than the longest tile takes."""
+HELD_UP = (MS, 2 * MS)
+"""A loop in which a helper lost its core in the middle of a tile."""
+
+
+def rests(library: Library, loops: list[tuple[int, int]]) -> list[bool]:
+    now, timed = 0, []
+    for shared, waited in loops:
+        now += shared + waited
+        timed.append((shared, waited, now))
+    return library.rests_after(timed)
+
+
+def test_waiting_for_a_tile_is_no_reason_to_rest(library: Library) -> None:
+    assert not any(rests(library, [QUICK] * 200))
+
+
+def test_a_core_that_is_lost_now_and_then_is_borrowed_on(library: Library) -> None:
+    assert not any(rests(library, ([QUICK] * 30 + [HELD_UP]) * 20))
+
+
+def test_helpers_rest_from_a_core_that_they_lose_all_the_time(library: Library) -> None:
+    rested = rests(library, [HELD_UP] * 10)
+    assert rested.index(True) == 6, "judged after 20 ms"
+
+
+def test_rests_get_longer_while_nothing_changes_and_end(library: Library) -> None:
+    held_up = [(MS, 19 * MS + 1)]  # each one is judged at once
+
+    def length_of_rest(times: int) -> int:
+        """Milliseconds of sharing, from the `times`-th hold-up until helpers come back."""
+        loops = held_up * times + [(MS, 0)] * 5000
+        rested = rests(library, loops)[times:]
+        return rested.index(False)
+
+    assert length_of_rest(1) == 99
+    assert length_of_rest(3) > 3 * length_of_rest(1)
+    assert length_of_rest(10) < 2001

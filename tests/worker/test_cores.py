@@ -137,7 +137,7 @@ def test_helpers_of_our_own_kernels_stand_on_every_core_and_look_at_its_owners(t
         prefill = CoreLender(share, threads.append, given.append)
         decode = CoreLender(CoreShare(board=board, index=3, cores=(second,), others=(), borrows=False), print)
         keeps_to_its_own: list[Sequence[HelperCore]] = []
-        CoreLender(dataclasses.replace(share, borrows=False), threads.append, keeps_to_its_own.append)
+        CoreLender(dataclasses.replace(share, others=()), threads.append, keeps_to_its_own.append)
         assert [helper.cpu for helper in keeps_to_its_own[0]] == [55]
         helpers = {helper.cpu: helper.owners for helper in given[0]}
         assert {core: len(owners) for core, owners in helpers.items()} == {55: 0, second: 2, 77: 1}

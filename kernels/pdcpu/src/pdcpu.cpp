@@ -9,7 +9,7 @@ using namespace pdcpu;
 extern "C" {
 
 // Raised with every change of a signature or of a layout below.
-int32_t pd_abi(void) { return 1; }
+int32_t pd_abi(void) { return 2; }
 
 const char* pd_instructions(void) {
 #if defined(__AVX512BF16__)
@@ -30,6 +30,15 @@ void pd_set_helpers(int32_t count, const int32_t* cpus, const int32_t* first_own
         for (int j = first_owner[i]; j < first_owner[i + 1]; j++) helpers[i].owners.push_back(owners[j]);
     }
     pool().set_helpers(std::move(helpers));
+}
+
+// What a fresh `Patience` would say after each of these loops: 1 where helpers on borrowed cores rest. For tests.
+void pd_patience(int64_t count, const int64_t* shared, const int64_t* waited, const int64_t* at, uint8_t* rests) {
+    Patience patience;
+    for (int64_t i = 0; i < count; i++) {
+        patience.note(shared[i], waited[i], at[i]);
+        rests[i] = patience.rests(at[i]);
+    }
 }
 
 int64_t pd_packed_bytes(int64_t outputs, int64_t inputs) {
