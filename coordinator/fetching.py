@@ -37,9 +37,9 @@ from pdserve.core.messages import (
 LEAST_BLOCKS: Final = 4
 """Fewer are computed."""
 _TIMES: Final = 2.0
-_ASKING_S: Final = 0.01
+ASKING_S: Final = 0.01
 """Messages to and fro, before and after the bytes."""
-SHORTEST_S: Final = 0.25
+_SHORTEST_S: Final = 0.25
 """Until it is given up; or for as long as reading would have taken, if that is more."""
 KNOWN: Final = 5
 """Prompts that a worker must have read before its speed is known."""
@@ -73,9 +73,12 @@ def offered(book: Book, flight: Flight, attempt: Attempt, offer: Send, now: floa
         return [offer]
     tokens = cached[source.id]
     moving_s = _moving_s(book, source, reader, tokens - here)
-    reading_s = _reading_s(reader, here, tokens)
-    if moving_s is None or reading_s is None or _TIMES * moving_s >= reading_s:
+    reading_s = time_to_read_s(reader, here, tokens)
+    if reading_s is None or _TIMES * (moving_s or ASKING_S) >= reading_s:
         return [offer]
+    if moving_s is None:
+        # They measure what lies between them when they meet: the next prompt can tell.
+        return [*_introduced(source, reader), offer]
     fetch = Fetch(
         # An attempt that is refused is offered again under its id: this one is never used twice.
         id=AttemptId(RequestId(f"{attempt.id}/prefix"), book.num_fetches),
@@ -87,7 +90,7 @@ def offered(book: Book, flight: Flight, attempt: Attempt, offer: Send, now: floa
         source_epoch=source.info.epoch,
         tokens=(flight.request.tokens + flight.output)[:tokens],
         cache_salt=flight.request.cache_salt,
-        until=now + max(reading_s, SHORTEST_S),
+        until=now + max(reading_s, _SHORTEST_S),
     )
     book.fetches[fetch.id] = fetch
     book.num_fetches += 1
@@ -167,14 +170,14 @@ def _moving_s(book: Book, source: WorkerState, reader: WorkerState, tokens: int)
     links, size_bytes = book.fleet.links, tokens * source.kv_token_bytes
     rate = links.bytes_per_s(source.id, reader.id)
     if rate is None and source.heartbeat is not None:
-        probes = (pair.bytes_per_s for pair in source.heartbeat.pairs if pair.bytes_per_s)
-        rate = min(probes, default=None)
+        probes = {pair.peer: pair.bytes_per_s for pair in source.heartbeat.pairs if pair.bytes_per_s}
+        rate = probes.get(reader.id) or min(probes.values(), default=None)
     if not rate:
         return None
-    return (size_bytes + links.bytes_under_way(source.id)) / rate + _ASKING_S
+    return (size_bytes + links.bytes_under_way(source.id)) / rate + ASKING_S
 
 
-def _reading_s(reader: WorkerState, start: int, end: int) -> float | None:
+def time_to_read_s(reader: WorkerState, start: int, end: int) -> float | None:
     fit = reader.latency.prefill
     return fit.predict((0, end - start, (end * end - start * start) / 2)) if fit.count >= KNOWN else None
 

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from pdcpu import library as pdcpu
 
-from kvtransfer.protocol import PoolRegion, TransferEvent
+from kvtransfer.protocol import PoolRegion, TransferBackend, TransferEvent
 from kvtransfer.service import TransferService
 from pdserve.core import messages
 from pdserve.core.config import CacheSettings
@@ -171,23 +171,10 @@ def launch(
         undo.callback(backend.close)
         role = make_role(engine, tiers)
         metadata = pack_metadata([backend.metadata, *(() if leader is None else leader.metadata())])
-        lender = None
-        if spec.core_share is not None:
-            native = pdcpu.computing()
-            set_helpers = None if native is None else native.set_helpers
-            lender = CoreLender(spec.core_share, torch.set_num_threads, set_helpers)
+        lender = _lender(spec)
         profile = _profile(spec, engine, max_num_seqs)
         info = _info(spec, engine, metadata=metadata, max_num_seqs=max_num_seqs, profile=profile)
-
-        def own_service(on_event: OnEvent) -> TransferPort:
-            return TransferService(
-                backend,
-                on_event,
-                max_inflight_bytes=spec.config.transfer.max_inflight_mib << 20,
-                verify=spec.config.transfer.verify,
-            )
-
-        transfer = _transfer(own_service, engine, leader, inbox.put)
+        transfer = _transfer(spec, backend, engine, leader, inbox.put)
         undo.pop_all()
         transfer.start()
         undo.callback(transfer.stop)
@@ -196,17 +183,7 @@ def launch(
             undo.callback(tiers.stop)
         device = engine.runner.pools[0].device
         pulse = Pulse(probe_of(device, num_cores=int(info.num_devices)))
-        host = WorkerHost(
-            info=info,
-            on_event=inbox.put,
-            heartbeat=pulse,
-            heartbeat_s=spec.config.cluster.heartbeat_s,
-            journal=Journal(enabled=spec.config.logging.requests),
-            # Without a coordinator that could come back, the process ends with the one that started it.
-            alone_s=spec.config.cluster.linger_s or None,
-            on_alone=inbox.stop,
-            tls=accepting(spec.config.security.cluster_tls),
-        )
+        host = _host(spec, info, inbox, pulse)
         loop = ComputeLoop(
             role=role,
             host=host,
@@ -232,13 +209,46 @@ def launch(
     )
 
 
+def _lender(spec: WorkerSpec) -> CoreLender | None:
+    if spec.core_share is None:
+        return None
+    native = pdcpu.computing()
+    set_helpers = None if native is None else native.set_helpers
+    return CoreLender(spec.core_share, torch.set_num_threads, set_helpers)
+
+
+def _host(spec: WorkerSpec, info: WorkerInfo, inbox: Inbox, pulse: Pulse) -> WorkerHost:
+    cluster = spec.config.cluster
+    return WorkerHost(
+        info=info,
+        on_event=inbox.put,
+        heartbeat=pulse,
+        heartbeat_s=cluster.heartbeat_s,
+        journal=Journal(enabled=spec.config.logging.requests),
+        # Without a coordinator that could come back, the process ends with the one that started it.
+        alone_s=cluster.linger_s or None,
+        on_alone=inbox.stop,
+        tls=accepting(spec.config.security.cluster_tls),
+    )
+
+
 def _transfer(
-    own_service: Callable[[OnEvent], TransferPort],
+    spec: WorkerSpec,
+    backend: TransferBackend,
     engine: EnginePort,
     leader: Leader | None,
     on_event: Callable[[TransferEvent], None],
 ) -> TransferPort:
     """What moves the KV of all ranks, to and from workers of any number of ranks."""
+    settings = spec.config.transfer
+
+    def own_service(on_event: OnEvent) -> TransferPort:
+        return TransferService(
+            backend,
+            on_event,
+            max_inflight_bytes=settings.max_inflight_mib << 20,
+            verify=settings.verify,
+        )
 
     def own(on_event: OnEvent) -> TransferPort:
         return RankTransfer(own_service, engine.fingerprint, on_event)

@@ -114,6 +114,9 @@ def test_it_is_read_where_moving_is_not_known_to_be_sooner(how: str) -> None:
         world.registry.fleet.links.forget(HAS)
     world.submit(new_request(prompt=PROMPT))
     sent(world, StartDecode)
+    # Where it might be, they are made to meet, and measure.
+    met = {action.worker for action in world.sent if isinstance(action.message, ConnectPeer)}
+    assert met == ({HAS, LACKS} if how == "nothing measured" else set())
 
 
 def test_a_refusal_means_reading_it() -> None:

@@ -97,7 +97,7 @@ def test_beginnings_of_prompts_move_between_workers_and_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As if reading were so slow that every block is worth moving."""
-    monkeypatch.setattr(fetching, "_reading_s", lambda *_: 10.0)
+    monkeypatch.setattr(fetching, "time_to_read_s", lambda *_: 10.0)
     monkeypatch.setattr(fetching, "LEAST_BLOCKS", 1)
     counts = Counter[str]()
     for seed in range(20, 32):

@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kvtransfer.protocol import (
@@ -188,13 +189,23 @@ class LeadingRunner:
         on_layers_done: OnLayersDone | None = None,
     ) -> Tensor:
         self._leader.tell(Step(list(slices), None if on_layers_done is None else layer_groups))
-        try:
+        with _Together(self._leader):
             return self._own.forward(slices, layer_groups=layer_groups, on_layers_done=on_layers_done)
-        except InvariantViolated:
-            raise
-        except Exception as error:  # whatever it is, the ranks have parted: nobody may compute on
+
+
+class _Together:
+    """Whatever ends a step early, the ranks have parted: nobody may compute on."""
+
+    def __init__(self, leader: Leader) -> None:
+        self._leader = leader
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, InvariantViolated):
             self._leader.lost(f"a step failed on rank 0: {error}")
-            raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
