@@ -33,6 +33,7 @@ from coordinator.recording import RecordingRegistry
 from coordinator.registry import Registry
 from coordinator.router import Router
 from coordinator.snapshot import CoordinatorSnapshot, take_snapshot
+from coordinator.standby import Standbys
 from coordinator.tracing import RequestTracer, make_tracer
 from coordinator.workers import dial
 from pdserve.core.config import CoordinatorSettings, ServeConfig
@@ -109,14 +110,14 @@ class Coordinator:
         models = {name: model for model in loaded for name in model.served.names}
         settings = self._config.coordinator
         tracer = make_tracer(self._config.tracing)
-        plans, watch = self._planners(), ConsoleWatch()
+        plans, watch, standbys = self._planners(), ConsoleWatch(), self._standbys()
         dispatcher = Dispatcher(
             make_registry(self._config, record=settings.record),
             self._metrics,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
             step_timeout_s=settings.step_timeout_s,
             tracer=tracer,
-            watchers=(watch,) if plans is None else (watch, plans),
+            watchers=(watch, standbys) if plans is None else (watch, standbys, plans),
             on_connection_lost=self._connection_lost,
             on_workers_changed=self._workers_changed,
         )
@@ -130,7 +131,9 @@ class Coordinator:
             self._health,
         )
         metrics_server = _serve_metrics(settings, self._metrics, self._ray_targets)
-        console = Console(dispatcher, watch, self._keys, tuple if plans is None else plans.proposals)
+        console = Console(
+            dispatcher, watch, self._keys, tuple if plans is None else plans.proposals, standbys.stands_by
+        )
         self._running = _Running(dispatcher, server, metrics_server, tracer, console)
         console_url = await self._start_console(console)
         await server.start()
@@ -148,6 +151,11 @@ class Coordinator:
             )
         port = await console.start(settings.console_host, settings.console_port, tls)
         return f"{'http' if tls is None else 'https'}://{settings.console_host}:{port}/"
+
+    def _standbys(self) -> Standbys:
+        # Models that the configuration does not name have no standby.
+        models = zip(self._served, self._config.of_each_model, strict=False)
+        return Standbys({served.name: config.decode.standby for served, config in models})
 
     def _planners(self) -> PlannerControl | None:
         settings = self._config.planner

@@ -65,8 +65,10 @@ class Console:
         watch: ConsoleWatch,
         keys: ApiKeys | None,
         proposals: Callable[[], Sequence[Proposal]],
+        stands_by: Callable[[WorkerId], bool],
     ) -> None:
         self._dispatcher, self._watch, self._keys, self._proposals = dispatcher, watch, keys, proposals
+        self._stands_by = stands_by
         folder = files("coordinator.console") / "page"
         self._pages = {path: ((folder / name).read_text(), kind) for path, (name, kind) in _PAGES.items()}
         self._runner: web.AppRunner | None = None
@@ -133,7 +135,8 @@ class Console:
     async def _state(self, _request: web.Request) -> web.Response:
         now = self._dispatcher.now()
         rights = Rights(keys=self._keys is not None)
-        shown = state(self._dispatcher.registry, self._watch, self._proposals(), rights, now)
+        registry, plans = self._dispatcher.registry, self._proposals()
+        shown = state(registry, self._watch, plans, rights, now, stands_by=self._stands_by)
         return web.json_response(shown)
 
     async def _request(self, request: web.Request) -> web.Response:

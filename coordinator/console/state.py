@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +10,7 @@ from coordinator.console.watch import WINDOW_S, ConsoleWatch, Ended
 from coordinator.fleet import WorkerState
 from coordinator.planner.proposal import Proposal
 from coordinator.registry import Registry
+from pdserve.core.ids import WorkerId
 
 RECENT: Final = 50
 
@@ -25,7 +26,13 @@ class Rights:
 
 
 def state(
-    registry: Registry, watch: ConsoleWatch, proposals: Sequence[Proposal], rights: Rights, now: float
+    registry: Registry,
+    watch: ConsoleWatch,
+    proposals: Sequence[Proposal],
+    rights: Rights,
+    now: float,
+    *,
+    stands_by: Callable[[WorkerId], bool],
 ) -> Json:
     """Everything but the story of a single request."""
     return {
@@ -35,7 +42,10 @@ def state(
             "waiting": registry.num_waiting,
             "phases": {phase.value: count for phase, count in registry.phases().items()},
         },
-        "workers": [_worker(worker) for worker in sorted(registry.fleet, key=lambda w: (w.model, w.id))],
+        "workers": [
+            _worker(worker, stands_by=stands_by(worker.id))
+            for worker in sorted(registry.fleet, key=lambda w: (w.model, w.id))
+        ],
         "flows": [
             {"from": source, "to": target, "bytes_per_s": rate}
             for (source, target), rate in sorted(watch.flows(now).items())
@@ -60,7 +70,7 @@ def state(
     }
 
 
-def _worker(worker: WorkerState) -> Json:
+def _worker(worker: WorkerState, *, stands_by: bool) -> Json:
     beat = worker.heartbeat
     shown: dict[str, Json] = {
         "id": worker.id,
@@ -68,7 +78,7 @@ def _worker(worker: WorkerState) -> Json:
         "model": worker.model,
         "epoch": worker.info.epoch,
         "up": worker.up,
-        "standing": _standing(worker),
+        "standing": "standing by" if stands_by and worker.up else _standing(worker),
         "placed": worker.num_placed,
     }
     if beat is None:

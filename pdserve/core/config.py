@@ -139,12 +139,21 @@ class PrefillSettings(Frozen):
 class DecodeSettings(Frozen):
     workers: PositiveInt = 1
     """Processes that write answers."""
+    standby: Annotated[int, Field(ge=0)] = 0
+    """Of these, so many stand by: with the model loaded and without requests, until another worker of the
+    model, of either role, is lost; they give its place back when it has started again."""
     max_num_seqs: PositiveInt = 64
     """Answers written at the same time on one worker at most."""
     max_num_batched_tokens: PositiveInt = 512
     """Token budget of a step in which the worker also reads prompts itself."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks of a worker, as `prefill.tensor_parallel_size`; the two may differ."""
+
+    @model_validator(mode="after")
+    def _somebody_writes(self) -> Self:
+        if self.standby >= self.workers:
+            raise ValueError("standby: fewer than workers, or nobody writes answers")
+        return self
 
 
 class CoordinatorSettings(Frozen):

@@ -31,6 +31,7 @@ prefill.max_num_batched_tokens   integer             = `512`
 prefill.max_num_seqs             integer             = `32`
 prefill.tensor_parallel_size     integer             = `1`
 decode.workers                   integer             = `1`
+decode.standby                   integer             = `0`
 decode.max_num_seqs              integer             = `64`
 decode.max_num_batched_tokens    integer             = `512`
 decode.tensor_parallel_size      integer             = `1`
