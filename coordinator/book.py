@@ -90,6 +90,8 @@ class Book:
     """Who has them in tiers below the pool."""
     fetches: dict[AttemptId, Fetch] = field(default_factory=dict)
     """Beginnings of prompts that are on their way between workers, and requests that wait for them."""
+    roles_given: dict[WorkerId, Role] = field(default_factory=dict)
+    """Which role each worker was last told to take up: its successors take it up too."""
     num_fetches: int = 0
     """Since start."""
     fetched: FetchTally = field(default_factory=FetchTally)

@@ -356,7 +356,7 @@ class Registry:
             self._book.no_decode_since.pop(event.model, None)
         for peer in self._peers_of(state):
             actions += endings.introductions(info, peer.info)
-        actions += roles.joined(state, known)
+        actions += roles.joined(self._book, state, known)
         for flight in self._book.flights.values():
             flight.failed_on.discard(info.worker)  # that was another process
         if same_process:

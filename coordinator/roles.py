@@ -19,10 +19,15 @@ def change(book: Book, event: ChangeWorkerRole, now: float) -> list[Action]:
     if state is None or event.role is (state.role_asked or state.info.role):
         return []
     timeout_s = book.settings.drain_timeout_s if event.timeout_s is None else event.timeout_s
-    state.role_asked = event.role
-    state.draining = state.drain_asked = True
+    book.roles_given[event.worker] = event.role
     state.drain_until = now + timeout_s
-    return [Send(worker=event.worker, message=ChangeRole(role=event.role))]
+    return _tell(state, event.role)
+
+
+def _tell(state: WorkerState, role: Role) -> list[Action]:
+    state.role_asked = role
+    state.draining = state.drain_asked = True
+    return [Send(worker=state.id, message=ChangeRole(role=role))]
 
 
 def changed(book: Book, message: RoleChanged) -> list[Action]:
@@ -43,12 +48,16 @@ def changed(book: Book, message: RoleChanged) -> list[Action]:
     return actions
 
 
-def joined(state: WorkerState, known: WorkerState | None) -> list[Action]:
-    """Its connection was made again: what it said of its role may have been lost, so it is asked again."""
-    if known is None or known.info.epoch != state.info.epoch or known.role_asked is None:
-        return []
-    state.role_asked = known.role_asked
-    return [Send(worker=state.id, message=ChangeRole(role=known.role_asked))]
+def joined(book: Book, state: WorkerState, known: WorkerState | None) -> list[Action]:
+    """Its connection was made again: what it said of its role may have been lost, so it is asked again. A
+    successor is started in the role that its predecessor began with, and takes up the one it had last."""
+    if known is not None and known.info.epoch == state.info.epoch:
+        if known.role_asked is None:
+            return []
+        state.role_asked = known.role_asked
+        return [Send(worker=state.id, message=ChangeRole(role=known.role_asked))]
+    given = book.roles_given.get(state.id)
+    return [] if given in (None, state.info.role) else _tell(state, given)
 
 
 def _peers_of(book: Book, state: WorkerState) -> list[WorkerState]:
