@@ -29,7 +29,7 @@ LOCAL_SHARE: Final = 0.8
 """Of a decode worker's spare time; a pass over the weights is shared with the answers it writes."""
 _SPARE: Final = 1.25
 """A fleet may shrink to one that serves this many times the demand."""
-_REACH: Final = 16
+_REACH: Final = 8
 """Workers of a role that one plan adds or takes away at most; in a large fleet half of them, or twice."""
 
 
