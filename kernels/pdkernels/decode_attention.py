@@ -280,15 +280,21 @@ def decode_attention(
         num_stages=config.num_stages,
     )
     if c > s:
-        reduce_kernel[(s, heads)](
-            partial_CHD,
-            lse_CH,
-            out_THD,
-            work.rows_S,
-            work.first_slot_S1,
-            H=heads,
-            D=d,
-            BLOCK_D=block_d,
-            BLOCK_C=16,
-            num_warps=4,
-        )
+        _reduce(partial_CHD, lse_CH, work, out_THD, block_d)
+
+
+def _reduce(partial_CHD: Tensor, lse_CH: Tensor, work: DecodeWork, out_THD: Tensor, block_d: int) -> None:
+    """What the chunks of a split context found, together."""
+    heads, d = out_THD.shape[1:]
+    reduce_kernel[(work.context_S.shape[0], heads)](
+        partial_CHD,
+        lse_CH,
+        out_THD,
+        work.rows_S,
+        work.first_slot_S1,
+        H=heads,
+        D=d,
+        BLOCK_D=block_d,
+        BLOCK_C=16,
+        num_warps=4,
+    )

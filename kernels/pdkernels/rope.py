@@ -180,6 +180,12 @@ def _validate(
     return t, q_THD.shape[1], kv_heads, d
 
 
+def _validate_norm(op: str, norm: QKNorm, q_THD: Tensor) -> None:
+    for name, weight_D in (("q_weight", norm.q_weight_D), ("k_weight", norm.k_weight_D)):
+        require_shape(op, name, weight_D, q_THD.shape[2:])
+        require_like(op, name, weight_D, q_THD)
+
+
 def rope_and_write(
     q_THD: Tensor,
     k_TKD: Tensor,
@@ -211,9 +217,7 @@ def rope_and_write(
     require_int32(op, "positions", positions_T, (t,))
     require_int32(op, "slots", slots_T, (t,))
     if qk_norm is not None:
-        for name, weight_D in (("q_weight", qk_norm.q_weight_D), ("k_weight", qk_norm.k_weight_D)):
-            require_shape(op, name, weight_D, (d,))
-            require_like(op, name, weight_D, q_THD)
+        _validate_norm(op, qk_norm, q_THD)
     out_THD = torch.empty((t, heads, d), dtype=q_THD.dtype, device=q_THD.device)
     if t == 0:
         return out_THD

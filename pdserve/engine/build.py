@@ -106,15 +106,19 @@ def build_engine(
         runner=runner,
         sampler=sampler,
         config=config,
-        fingerprint=Fingerprint(
-            protocol=PROTOCOL_VERSION,
-            model=digest,
-            layouts=(layout,),
-            tp_rank=0 if ranks is None else ranks.rank,
-            tp_size=1 if ranks is None else ranks.size,
-        ),
+        fingerprint=_fingerprint(digest, layout, ranks),
         num_blocks=num_blocks,
         block_tokens=cache.block_size,
+    )
+
+
+def _fingerprint(digest: str, layout: GroupLayout, ranks: Ranks | None) -> Fingerprint:
+    return Fingerprint(
+        protocol=PROTOCOL_VERSION,
+        model=digest,
+        layouts=(layout,),
+        tp_rank=0 if ranks is None else ranks.rank,
+        tp_size=1 if ranks is None else ranks.size,
     )
 
 
