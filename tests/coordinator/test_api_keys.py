@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from coordinator.keys import ApiKeys, Scope, new_key
 from pdserve.cli.app import app
 from pdserve.client import Access, AsyncClient
-from pdserve.client.admin import explain, undrain
+from pdserve.client.admin import explain, scale, undrain
 from pdserve.core.errors import (
     ConfigError,
     InvalidRequest,
@@ -70,6 +70,10 @@ async def test_a_key_does_what_its_scopes_say_and_no_more(tmp_path: Path) -> Non
         for name in ("watcher", "anyone"):
             with pytest.raises(PermissionDenied, match="has no scope admin"):
                 await asyncio.to_thread(undrain, system.address, "decode-0", access=access(name))
+            with pytest.raises(PermissionDenied, match="has no scope admin"):
+                await asyncio.to_thread(
+                    lambda key: list(scale(system.address, decode=2, access=key)), access(name)
+                )
         with pytest.raises(InvalidRequest, match="no-such"):
             await asyncio.to_thread(undrain, system.address, "no-such", access=access("boss"))
 
