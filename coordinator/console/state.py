@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.console.watch import WINDOW_S, ConsoleWatch, Ended
+from coordinator.console.watch import WINDOW_S, ConsoleWatch, Ended, Lost
 from coordinator.fleet import WorkerState
 from coordinator.planner.proposal import Proposal
 from coordinator.registry import Registry
@@ -45,7 +45,8 @@ def state(
         "workers": [
             _worker(worker, stands_by=stands_by(worker.id))
             for worker in sorted(registry.fleet, key=lambda w: (w.model, w.id))
-        ],
+        ]
+        + [_lost(lost) for lost in watch.lost()],
         "flows": [
             {"from": source, "to": target, "bytes_per_s": rate}
             for (source, target), rate in sorted(watch.flows(now).items())
@@ -111,6 +112,17 @@ def _worker(worker: WorkerState, *, stands_by: bool) -> Json:
             }
             for pair in beat.pairs
         ],
+    }
+
+
+def _lost(lost: Lost) -> Json:
+    return {
+        "id": lost.id,
+        "role": lost.role.value,
+        "model": lost.model,
+        "up": False,
+        "standing": "lost",
+        "placed": 0,
     }
 
 

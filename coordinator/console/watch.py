@@ -11,7 +11,8 @@ from coordinator.events import Event, NewRequest
 from coordinator.fleet import Fleet
 from coordinator.report import Report
 from pdserve.core.errors import PdServeError
-from pdserve.core.messages import FinishReason
+from pdserve.core.ids import WorkerId
+from pdserve.core.messages import FinishReason, Role
 
 WINDOW_S: Final = 300.0
 """What attainment is counted over."""
@@ -28,6 +29,17 @@ class Ended:
     report: Report
     outcome: str
     """stop, length, abort, or the name of an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker that is no more; its successor is on its way."""
+
+    id: WorkerId
+    model: str
+    role: Role
+    seen: float
+    """When it was there for the last time."""
 
 
 @dataclass(slots=True)
@@ -47,6 +59,8 @@ class ConsoleWatch:
 
     def __init__(self) -> None:
         self._ended: deque[Ended] = deque(maxlen=_MOST)
+        self._seen: dict[WorkerId, Lost] = {}
+        self._lost: dict[WorkerId, Lost] = {}
 
     def arrived(self, samples: Sequence[NewRequest], now: float) -> None:
         """Nothing: who runs is in the registry."""
@@ -58,7 +72,25 @@ class ConsoleWatch:
     def ticked(self, fleet: Fleet, now: float) -> Sequence[Event]:
         while self._ended and self._ended[0].at < now - WINDOW_S:
             self._ended.popleft()
+        self._look(fleet, now)
         return ()
+
+    def lost(self) -> list[Lost]:
+        """Workers that ended without having been drained, and are not back yet; by name."""
+        return sorted(self._lost.values(), key=lambda lost: lost.id)
+
+    def _look(self, fleet: Fleet, now: float) -> None:
+        here = {worker.id for worker in fleet}
+        for gone in self._seen.keys() - here:
+            self._lost[gone] = self._seen.pop(gone)
+        for worker in fleet:
+            self._lost.pop(worker.id, None)
+            if worker.draining:
+                self._seen.pop(worker.id, None)  # its end is wanted
+            else:
+                self._seen[worker.id] = Lost(worker.id, worker.model, worker.info.role, now)
+        for name in [name for name, lost in self._lost.items() if lost.seen < now - WINDOW_S]:
+            del self._lost[name]
 
     def last(self, count: int) -> list[Ended]:
         """The newest first."""

@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 
 from coordinator.console.watch import FLOW_S, WINDOW_S, ConsoleWatch
+from coordinator.fleet import Fleet
 from coordinator.report import Report
 from pdserve.core.errors import ConfigError, Overloaded
 from pdserve.core.ids import RequestId
@@ -18,6 +19,7 @@ from pdserve.core.security_settings import SecuritySettings
 from tests.coordinator.test_api_keys import KEYS, TEXT
 from tests.support.certificates import Authority
 from tests.support.deployment import Deployed, deployed, scenario
+from tests.support.registry_world import World
 
 
 async def ask(system: Deployed, path: str, *, post: bool = False, **headers: str) -> tuple[int, Any]:
@@ -169,6 +171,30 @@ async def test_a_renewed_certificate_is_shown_at_the_next_handshake_and_a_broken
         assert await status(new) == 200
 
 
+def test_a_worker_that_ends_unasked_is_lost_until_its_successor_is_there() -> None:
+    world, watch = World(), ConsoleWatch()
+    for name in ("decode-0", "decode-1"):
+        world.join(name, Role.DECODE)
+    world.drain("decode-1")
+    fleet = world.registry.fleet
+
+    def lost() -> list[str]:
+        watch.ticked(fleet, world.now)
+        return [one.id for one in watch.lost()]
+
+    assert lost() == []
+    world.end_process("decode-0")
+    world.end_process("decode-1")
+    assert lost() == ["decode-0"]
+    world.join("decode-0", Role.DECODE, epoch=2)
+    assert lost() == []
+    world.end_process("decode-0")
+    world.now += 1.0
+    assert lost() == ["decode-0"]
+    world.now += WINDOW_S
+    assert lost() == []
+
+
 def test_what_is_older_than_the_window_counts_no_more() -> None:
     watch = ConsoleWatch()
     report = Report(
@@ -185,6 +211,6 @@ def test_what_is_older_than_the_window_counts_no_more() -> None:
     )
     watch.ended(report, FinishReason.STOP, 0.0)
     watch.ended(report, Overloaded("full"), WINDOW_S)
-    watch.ticked(None, WINDOW_S + 1.0)  # type: ignore[arg-type]  # it asks nothing of the fleet
+    watch.ticked(Fleet(), WINDOW_S + 1.0)
     (tally,) = watch.tallies().values()
     assert (tally.requests, tally.failed) == (1, 1)

@@ -102,11 +102,13 @@ function card(worker) {
     const ways = worker.pairs.filter((one) => !one.error && one.bytes_per_s).map((one) => `${one.peer} ${one.path} ${bytes(one.bytes_per_s)}/s`);
     if (worker.role === "prefill" && ways.length) parts.push(el("p", { class: "dim" }, `to ${ways.join("; ")}`));
   }
+  if (worker.standing === "lost") parts.push(el("p", { class: "dim" }, "its successor is being started"));
   if (mayAct && worker.up) parts.push(el("p", { class: "actions" }, ...actions(worker)));
   return el("div", { class: `worker ${worker.role}${worker.up ? "" : " off"}`, id: `worker-${worker.id}` }, ...parts);
 }
 function actions(worker) {
   const other = worker.role === "prefill" ? "decode" : "prefill";
+  if (worker.standing === "standing by") return [];
   const made = worker.standing === "draining" ? [["undrain", "Use again"]] : [["drain", "Drain"], ["flip", `Make it ${other}`]];
   return made.flatMap(([action, label]) => [el("button", { "data-act": `${worker.id} ${action}`, on: { click: () => act(worker.id, action, label) } }, label), " "]);
 }
@@ -123,9 +125,10 @@ function flows(state) {
     const from = $(`worker-${flow.from}`), to = $(`worker-${flow.to}`);
     if (!from || !to) continue;
     const a = from.getBoundingClientRect(), b = to.getBoundingClientRect();
-    const leftward = a.left > b.left;
-    const x1 = (leftward ? a.left : a.right) - box.left, x2 = (leftward ? b.right : b.left) - box.left;
-    const y1 = a.top + a.height / 2 - box.top, y2 = b.top + b.height / 2 - box.top, half = (x1 + x2) / 2;
+    const leftward = a.left > b.left, beside = a.left === b.left;
+    const x1 = (leftward ? a.left : a.right) - box.left, x2 = (beside ? b.right : leftward ? b.right : b.left) - box.left;
+    // Two of one role lie in one column: the way between them goes around, on the right.
+    const y1 = a.top + a.height / 2 - box.top, y2 = b.top + b.height / 2 - box.top, half = beside ? x1 + 45 : (x1 + x2) / 2;
     lines.push(svg("path", { d: `M${x1} ${y1} C${half} ${y1} ${half} ${y2} ${x2} ${y2}`, fill: "none", stroke: "var(--prefill)", "stroke-opacity": 0.7, "stroke-width": 1 + 5 * flow.bytes_per_s / most }));
     lines.push(svg("text", { x: half, y: (y1 + y2) / 2 - 5, "text-anchor": "middle", fill: "var(--dim)", "font-size": 11 }, `${bytes(flow.bytes_per_s)}/s`));
   }
@@ -172,7 +175,7 @@ function draw(story) {
       for (const chunk of attempt.chunks) { add(`${reader} reads`, "", from, chunk.at_s, "var(--prefill)", `chunk to ${chunk.tokens_done} tokens`); from = chunk.at_s; }
       if (!attempt.chunks.length && attempt.prefill_end_s !== undefined) add(`${reader} reads`, "", began, attempt.prefill_end_s, "var(--prefill)", "prompt");
     }
-    if (attempt.kv_arrived_s !== undefined && attempt.prefill_end_s !== undefined) add("KV, not hidden", "", attempt.prefill_end_s, Math.max(attempt.kv_arrived_s, attempt.prefill_end_s), "var(--quarantined)", `${bytes(Number(attempt.bytes_moved))} by ${attempt.transfer_path}`);
+    if (attempt.kv_arrived_s !== undefined && Number(attempt.bytes_moved) && attempt.prefill_end_s !== undefined) add("KV, not hidden", "", attempt.prefill_end_s, Math.max(attempt.kv_arrived_s, attempt.prefill_end_s), "var(--quarantined)", `${bytes(Number(attempt.bytes_moved))} by ${attempt.transfer_path}`);
     if (attempt.failure) add(`attempt ${attempt.attempt}`, attempt.failure, attempt.start_s, attempt.end_s, "var(--bad)", attempt.failure);
   }
   const last = story.attempts[story.attempts.length - 1];
