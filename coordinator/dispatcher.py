@@ -237,6 +237,17 @@ class Dispatcher:
     # --- time ---------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        """Whatever goes wrong in one, the next one comes: nothing else sees deadlines, leases and silence."""
+        due = self._loop.time() + self._tick_s
+        try:
+            self._look_around()
+            due = self._next_tick()
+        finally:
+            self._set_timer(due)
+            ticked, self._ticked = self._ticked, asyncio.Event()
+            ticked.set()
+
+    def _look_around(self) -> None:
         now = self._loop.time()
         self._drop_silent(now, late_s=now - self._due)
         self.handle(Tick())
@@ -247,9 +258,6 @@ class Dispatcher:
         self._metrics.observe_fleet(self.registry.fleet)
         self._metrics.observe_requests(self.registry.phases(), self.registry.num_waiting)
         self._metrics.observe_fetches(self.registry.fetched)
-        self._set_timer(self._next_tick())
-        ticked, self._ticked = self._ticked, asyncio.Event()
-        ticked.set()
 
     async def ticked(self) -> None:
         """Wait for the next tick: a quarter of a second at most."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -12,6 +13,8 @@ from pdserve.core.errors import ProtocolError, WorkerLost
 from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.core.messages import Down, Hello, Message, WorkerInfo
 from pdserve.core.tls import RenewedContext
+
+log = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S: Final = 10.0
 MAX_QUEUED_BYTES: Final = 256 * 2**20
@@ -118,6 +121,11 @@ class WorkerLink:
                 self._on_batch(self, batch)
         except ProtocolError as error:
             why = str(error)
+        except (
+            Exception
+        ) as error:  # a bug of ours: nobody would read on, and the worker would seem to be well
+            log.exception("what %s sent could not be handled", self.info.worker)
+            why = f"what it sent could not be handled: {error!r}"
         self._ended(why)
 
     def _ended(self, why: str) -> None:

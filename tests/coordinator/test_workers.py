@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.events import Action, Event, FromWorker, Tick
 from coordinator.workers import dial
 from pdserve.core.channel import Channel, listen
 from pdserve.core.errors import ConfigError, FingerprintMismatch, ModelNotFound, ProtocolError, WorkerLost
 from pdserve.core.layout import PROTOCOL_VERSION, Fingerprint
 from pdserve.core.messages import Drain, Hello, Message, Role
-from tests.support.deployment import deployed, scenario
+from tests.support.deployment import Deployed, deployed, scenario
 from tests.support.model_workers import FINGERPRINT, worker_info
 
 
@@ -115,6 +116,45 @@ async def test_a_worker_that_sends_nonsense_is_dropped_and_the_others_stay(tmp_p
         await nonsense.disconnected.wait()
         completion = await system.client.generate("hello", max_tokens=3)
         assert completion.timings.decode_worker == "decode-1"
+
+
+def failing_once(system: Deployed, kind: type[Event]) -> asyncio.Event:
+    """The next event of that kind meets a bug of ours; set when it has."""
+    registry, met = system.coordinator._require_running().dispatcher.registry, asyncio.Event()
+    handle = registry.handle
+
+    def handle_or_fail(event: Event, now: float) -> list[Action]:
+        if isinstance(event, kind) and not met.is_set():
+            met.set()
+            raise KeyError("a bug of ours")
+        return handle(event, now)
+
+    registry.handle = handle_or_fail  # type: ignore[method-assign]  # for one event
+    return met
+
+
+@scenario
+async def test_a_worker_whose_message_meets_a_bug_is_dialled_again_and_its_requests_go_on(
+    tmp_path: Path,
+) -> None:
+    async with deployed(tmp_path) as system:
+        met = failing_once(system, FromWorker)
+        completion = await system.client.generate("hello", max_tokens=3)
+        assert met.is_set()
+        assert completion.usage.completion_tokens == 3
+
+
+@scenario
+async def test_a_bug_in_a_tick_does_not_stop_the_clock(tmp_path: Path) -> None:
+    async with deployed(tmp_path) as system:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+        met = failing_once(system, Tick)
+        await met.wait()
+        dispatcher = system.coordinator._require_running().dispatcher
+        await dispatcher.ticked()
+        await dispatcher.ticked()
+        assert len(told) == 1
 
 
 @scenario
