@@ -62,6 +62,14 @@ class Goodput:
     """95% interval of `rate`; a missing end lies beyond the rates that were tried."""
 
 
+def at_least(goodput: Goodput, points: Sequence[Point]) -> float | None:
+    """The rate that was found, or the highest tried where that met the goal too; None: none did."""
+    if goodput.rate is not None or not points:
+        return goodput.rate
+    lowest = min(points, key=_rate)
+    return max(map(_rate, points)) if lowest.attainment >= goodput.attainment else None
+
+
 class GoodputSearch:
     def __init__(self, settings: Search) -> None:
         self._settings = settings

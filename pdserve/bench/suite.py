@@ -15,7 +15,7 @@ from pdserve.bench.environment import Environment, describe_environment
 from pdserve.bench.load import Progress, run_trial
 from pdserve.bench.records import Trial
 from pdserve.bench.scenario import Scenario, Search, SystemSpec
-from pdserve.bench.search import Goodput, GoodputSearch, Point
+from pdserve.bench.search import Goodput, GoodputSearch, Point, at_least
 from pdserve.bench.servers import Server, serving
 from pdserve.bench.traces import TraceRow, read_trace
 from pdserve.bench.workload import ServerLimits, build_workload
@@ -177,8 +177,10 @@ class _Measurement:
         return search.spent_s == 0 or longest_trial_s(self._scenario, rate) <= left_s
 
     async def _at_a_common_rate(self, searches: dict[str, GoodputSearch]) -> None:
-        found = [searches[server.spec.name].estimate(self._scenario.search.goal) for server in self._servers]
-        rates = [goodput.rate for goodput in found if goodput.rate is not None]
+        goal = self._scenario.search.goal
+        mine = [searches[server.spec.name] for server in self._servers]
+        found = [at_least(search.estimate(goal), search.points()) for search in mine]
+        rates = [rate for rate in found if rate is not None]
         if rates:
             for server in self._turns(0):
                 await self._trial(server, min(rates), COMMON_ROUND)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pdserve.bench.scenario import Search
-from pdserve.bench.search import GoodputSearch, crossing, falling_fit
+from pdserve.bench.search import GoodputSearch, at_least, crossing, falling_fit
 from pdserve.bench.statistics import correlation_time, percentiles, wilson
 
 SERVICE_S, LIMIT_S = 0.1, 0.5
@@ -97,6 +97,20 @@ def test_a_server_without_limit_ends_at_the_highest_rate() -> None:
         search.tell(rate, [True] * 50, 1)
     assert search.points()[-1].rate == 40
     assert search.estimate(0.9).rate is None
+
+
+def test_what_is_known_of_a_search_that_ended_early_is_the_highest_rate_that_was_met() -> None:
+    search = GoodputSearch(Search(start_rate=1.0, goal=0.9))
+    for rate in (1.0, 2.0):
+        search.tell(rate, [True] * 40, 10.0)
+    assert search.estimate(0.9).rate is None
+    assert at_least(search.estimate(0.9), search.points()) == 2.0
+    search.tell(4.0, [False] * 40, 10.0)
+    found = at_least(search.estimate(0.9), search.points())
+    assert found == search.estimate(0.9).rate
+    never = GoodputSearch(Search(start_rate=1.0, goal=0.9))
+    never.tell(1.0, [False] * 40, 10.0)
+    assert at_least(never.estimate(0.9), never.points()) is None
 
 
 def test_the_crossing_lies_between_the_rates_around_it() -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pdserve.bench.cost import cost_by_rate, hourly_price
 from pdserve.bench.records import RequestRecord, Trial
+from pdserve.bench.search import at_least
 from pdserve.bench.suite import Run
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
@@ -300,10 +301,13 @@ def _ratios(run: Run) -> HeatMap | None:
     """Goodput by prefill and decode workers, when several arrangements were started."""
     goal = run.scenario.search.goal
     found: dict[tuple[int, int], float | None] = {}
+    open_ended = False
     for system in run.systems:
         if system.prefill is None or system.decode is None:
             continue
-        rate = next((g.rate for g in system.goodputs if g.attainment == goal), None)
+        reached = [g for g in system.goodputs if g.attainment == goal]
+        rate = at_least(reached[0], system.points) if reached else None
+        open_ended |= rate is not None and reached[0].rate is None
         place = system.prefill, system.decode
         # Two with other settings: the better one stands for the arrangement.
         found[place] = max(filter(None, (found.get(place), rate)), default=None)
@@ -313,7 +317,7 @@ def _ratios(run: Run) -> HeatMap | None:
     decodes = sorted({d for _, d in found})
     return HeatMap(
         key="ratios",
-        title=f"Requests/s with {goal:.0%} inside targets",
+        title=f"Requests/s with {goal:.0%} inside targets" + (", or more" if open_ended else ""),
         columns=[str(p) for p in prefills],
         rows=[str(d) for d in decodes],
         cells=[[found.get((p, d)) for p in prefills] for d in decodes],
