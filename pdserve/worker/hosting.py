@@ -250,9 +250,8 @@ class HostedWorker(ABC):
 
     def _load(self, steps: queue.SimpleQueue[Progress | None]) -> Running:
         # Here, not at the top: the launcher imports this module, and must not pay for torch.
-        from pdserve.engine.build import build_engine
-        from pdserve.models.ops import Workload
         from pdserve.worker.ranks.leader import Leader, leading
+        from pdserve.worker.running import load_engine
 
         spec = self._spec
         leader = None
@@ -265,13 +264,8 @@ class HostedWorker(ABC):
                 start_timeout_s=spec.config.cluster.start_timeout_s,
                 silence_s=spec.config.coordinator.heartbeat_timeout_s,
             )
-        engine = build_engine(
-            spec.model_dir,
-            spec.config.model,
-            spec.config.cache,
-            device=spec.device,
-            num_threads=spec.num_threads,
-            workload=Workload.ANY if spec.comes_to_decode else Workload.PREFILL,
+        engine = load_engine(
+            spec,
             progress=lambda done, text: steps.put(Progress(fraction=0.99 * done, text=text)),
             ranks=None if leader is None else leader.ranks,
         )

@@ -27,6 +27,7 @@ from pdserve.engine.build import build_engine
 from pdserve.engine.tiers.build import block_bytes_of, make_tiers
 from pdserve.engine.tiers.store import TierPort
 from pdserve.models.ops import Workload
+from pdserve.models.ranks import Ranks
 from pdserve.worker.cores import CoreLender
 from pdserve.worker.device_probe import Probe, no_probe, probe_of
 from pdserve.worker.events import DrainAsked, UndrainAsked
@@ -275,8 +276,16 @@ def _prepare_thread(device: torch.device) -> None:
     torch.set_num_threads(torch.get_num_threads())
 
 
-def load_engine(spec: WorkerSpec) -> EnginePort:
-    """The engine that the spec asks for. Raises `CheckpointError`, `ConfigError`."""
+def load_engine(
+    spec: WorkerSpec,
+    *,
+    progress: Callable[[float, str], None] | None = None,
+    ranks: Ranks | None = None,
+) -> EnginePort:
+    """The engine that the spec asks for; progress and ranks as `build_engine` takes them.
+
+    Raises `CheckpointError`, `ConfigError`.
+    """
     return build_engine(
         spec.model_dir,
         spec.config.model,
@@ -284,6 +293,8 @@ def load_engine(spec: WorkerSpec) -> EnginePort:
         device=spec.device,
         num_threads=spec.num_threads,
         workload=Workload.ANY if spec.comes_to_decode else Workload.PREFILL,
+        progress=progress,
+        ranks=ranks,
     )
 
 

@@ -88,22 +88,15 @@ class RankActor:
         self, rank: RankSpec, steps: queue.SimpleQueue[StartStep | BaseException], cores: tuple[int, ...]
     ) -> None:
         # Here, not at the top: the launcher imports this module, and must not pay for torch.
-        from pdserve.engine.build import build_engine
-        from pdserve.models.ops import Workload
         from pdserve.worker.backends import configured_backend
         from pdserve.worker.ranks.follower import Follower
-        from pdserve.worker.running import pool_regions
+        from pdserve.worker.running import load_engine, pool_regions
 
         spec = self._spec
         follower = Follower(spec, rank)
         try:
-            engine = build_engine(
-                spec.model_dir,
-                spec.config.model,
-                spec.config.cache,
-                device=spec.device,
-                num_threads=spec.num_threads,
-                workload=Workload.ANY if spec.comes_to_decode else Workload.PREFILL,
+            engine = load_engine(
+                spec,
                 progress=lambda done, text: steps.put(Progress(fraction=0.99 * done, text=text)),
                 ranks=follower.ranks,
             )
