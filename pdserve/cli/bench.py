@@ -9,14 +9,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Final, Self
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pdserve.cli import bench_options as options
 from pdserve.cli.access import access
-from pdserve.cli.console import ERR, OUT
+from pdserve.cli.console import ERR, OUT, print_table
 from pdserve.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ bench_app = typer.Typer(
 )
 
 DEFAULT_OUT: Final = Path("out/sla")
-_WIDTH_OF_FILES: Final = 160
 _ON_TERMINAL: Final = 2
 """Tables that are printed; the page has all."""
 
@@ -218,7 +216,5 @@ def _print(figures: Figures) -> None:
         table.add_column(name, overflow="fold")
     for row in figures.rows:
         table.add_row(*map(escape, row))
-    # A file or a pipe has no width of its own.
-    out = OUT if OUT.is_terminal else Console(highlight=False, width=_WIDTH_OF_FILES)
-    out.print(table)
-    out.print()
+    print_table(table)
+    OUT.print()

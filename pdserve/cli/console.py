@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from pdserve.core.logs import HumanFormatter
 
@@ -21,6 +22,12 @@ ERR: Final = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress, summaries and errors."""
 
 _LINE_EVERY_S: Final = 2.0
+_WIDTH_OF_FILES: Final = 160
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; a file or a pipe has no width of its own: lines are not folded there."""
+    (OUT if OUT.is_terminal else Console(highlight=False, width=_WIDTH_OF_FILES)).print(table)
 
 
 def fail(message: str) -> None:

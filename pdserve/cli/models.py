@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pdserve.cli.console import OUT, Reporter
+from pdserve.cli.console import OUT, Reporter, print_table
 from pdserve.cli.summary import size
 
 models_app = typer.Typer(help="List and fetch models.", no_args_is_help=True)
@@ -29,7 +29,7 @@ def list_() -> None:
             str(entry.path) if here else "not here yet: pdserve models pull",
             entry.source,
         )
-    OUT.print(table)
+    print_table(table)
 
 
 @models_app.command()
