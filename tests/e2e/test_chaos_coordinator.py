@@ -50,12 +50,14 @@ class Struck:
 
     def strike(self, phase: Phase, number: signal.Signals, seed: int) -> list[tuple[Streaming, list[int]]]:
         """Ask, and return when the signal has been sent in that phase."""
-        self._order.write_text(f"{phase} {int(number)}")
+        written = self._order.with_suffix(".new")
+        written.write_text(f"{phase} {int(number)}")
+        written.replace(self._order)  # whole at once: it is looked at with every event
         prompts = [prompt_of(length, seed) for length in (17, 1500)]
         streams = [(Streaming(self.now, prompt, NUM_TOKENS), prompt) for prompt in prompts]
         deadline = time.monotonic() + 60
         while self._order.exists():
-            assert time.monotonic() < deadline, f"no request was ever {phase}"
+            assert time.monotonic() < deadline, f"no request was ever {phase}: {self.now.said()}"
             time.sleep(0.01)
         return streams
 

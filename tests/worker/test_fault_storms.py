@@ -15,7 +15,7 @@ from coordinator.models import ServedModel
 from coordinator.service import Coordinator
 from decode import reception
 from kvtransfer.fake import FakeBackend, Faults
-from pdserve.client import AsyncClient
+from pdserve.client import AsyncClient, Completion
 from pdserve.core.errors import PdServeError
 from pdserve.core.messages import Role
 from pdserve.core.sampling import SamplingParams
@@ -23,7 +23,7 @@ from pdserve.elastic.worker import start_worker
 from pdserve.worker.running import RunningWorker
 from tests.support.deployment import scenario
 from tests.support.scripted_model import make_scripted_model
-from tests.support.token_engine import TokenEngine, reference
+from tests.support.token_engine import BLOCK_TOKENS, TokenEngine, reference
 from tests.support.workers import config_of, spec_of
 from tests.worker.test_faults import faulty
 from tests.worker.test_migration import prompt_of
@@ -149,3 +149,25 @@ async def test_after_a_storm_of_aborts_the_next_request_works(tmp_path: Path, ro
             await asyncio.gather(*(abort(client, start + index) for index in range(4)))
         assert await right_or_typed(client, 1000)
         await asyncio.to_thread(every_block_is_back, workers)
+
+
+@scenario
+async def test_prompts_of_every_shape_are_right_while_pushes_fail(tmp_path: Path) -> None:
+    """Shorter than a block, whole blocks; of which decode has nothing, a part, or all it can use."""
+    lengths = (1, BLOCK_TOKENS - 1, BLOCK_TOKENS, BLOCK_TOKENS + 1, 2 * BLOCK_TOKENS, 3 * BLOCK_TOKENS)
+    asked = (*lengths, *lengths)
+    whole = prompt_of(lengths[-1], 1)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    answers: list[Completion] = []
+    async with system(tmp_path, Faults(seed=6, fail_every=5)) as (client, workers):
+        for length in asked:
+            answer = await client.generate(
+                prompt_token_ids=whole[:length], max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True
+            )
+            assert list(answer.token_ids) == reference(whole[:length], params, NUM_TOKENS)
+            answers.append(answer)
+        await asyncio.to_thread(every_block_is_back, workers)
+    usable = [(length - 1) // BLOCK_TOKENS * BLOCK_TOKENS for length in asked]
+    assert [answer.usage.cached_prompt_tokens for answer in answers] == usable
+    assert all(answer.timings.bytes_moved for answer in answers if answer.timings.attempts == 1)
+    assert max(answer.timings.attempts for answer in answers) > 1
