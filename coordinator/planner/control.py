@@ -19,7 +19,7 @@ from coordinator.planner.proposal import Flip, Proposal, Scale, Split, Standing
 from coordinator.planner.resizing import Resizing
 from coordinator.report import Report
 from pdserve.core.config import CoordinatorSettings, LocalPrefill
-from pdserve.core.errors import PdServeError
+from pdserve.core.errors import InvalidRequest, PdServeError
 from pdserve.core.messages import FinishReason, Role
 from pdserve.core.operation_settings import PlannerMode, PlannerSettings
 
@@ -131,7 +131,11 @@ class PlannerControl:
                 split = proposal.now
                 more = (by, 0) if role is Role.PREFILL else (0, by)
                 wanted = Split(split.prefill + more[0], split.decode + more[1])
-                return self._resizing.resize(fleet, proposal.model, wanted)
+                try:
+                    return self._resizing.resize(fleet, proposal.model, wanted)
+                except InvalidRequest as error:  # the fleet has changed meanwhile
+                    log.warning("%s: not done: %s", proposal.model, error)
+                    return []
             case _:
                 return []
 

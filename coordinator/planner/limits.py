@@ -45,16 +45,20 @@ class Limits:
             decode.append(self.max_decode)
         return Split(min(prefill, default=now.prefill), min(decode, default=now.decode))
 
-    def refusal(self, split: Split) -> str | None:
-        """Which limit a split breaks, in words; None: none."""
+    def refusal(self, split: Split, now: Split | None = None) -> str | None:
+        """Which limit a split breaks, in words; None: none. now: a fleet that is above the limits may shrink
+        step by step."""
+        shrinks = now is not None and split.prefill <= now.prefill and split.decode <= now.decode
         for role, wanted, least, most in (
             ("prefill", split.prefill, self.min_prefill, self.max_prefill),
             ("decode", split.decode, self.min_decode, self.max_decode),
         ):
             if wanted < least:
                 return f"planner.min_{role} is {least}"
-            if most is not None and wanted > most:
+            if most is not None and wanted > most and not shrinks:
                 return f"planner.max_{role} is {most}"
+        if shrinks:
+            return None
         if self.budget_workers is not None and split.total > self.budget_workers:
             return f"planner.budget_workers is {self.budget_workers}"
         taken = split.prefill * self.prefill_devices + split.decode * self.decode_devices

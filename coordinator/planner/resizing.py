@@ -134,7 +134,8 @@ class Resizing:
 
         Raises `InvalidRequest` for what the limits forbid, and while the last change is under way.
         """
-        refusal = self.limits(fleet, model).refusal(wanted)
+        now = in_use(fleet, model)
+        refusal = self.limits(fleet, model).refusal(wanted, now)
         if refusal is not None:
             raise InvalidRequest(field="workers", value=str(wanted), limit=f"fewer: {refusal}")
         if self.busy(model):
@@ -142,7 +143,6 @@ class Resizing:
             raise InvalidRequest(
                 field="workers", value=str(wanted), limit=f"the change under way first: {under_way}"
             )
-        now = in_use(fleet, model)
         more = {Role.PREFILL: wanted.prefill - now.prefill, Role.DECODE: wanted.decode - now.decode}
         events: list[Event] = []
         for role, other in ((Role.PREFILL, Role.DECODE), (Role.DECODE, Role.PREFILL)):

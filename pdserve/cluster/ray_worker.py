@@ -28,6 +28,8 @@ OnProgress = Callable[[WorkerId, Progress], None]
 
 _KILL_WAIT_S: Final = 10.0
 _LOG_TAIL_LINES: Final = 8
+_RAY_WORDS: Final = 400
+"""Characters of Ray's own account of a death."""
 
 
 @dataclass(slots=True)
@@ -169,6 +171,8 @@ class RayWorker:
         why = f"process {self.pid or '(starting)'} ended"
         if "SIGKILL" in str(error) or "OOM" in str(error).partition("Some common causes")[0]:
             why += ", killed"
+        if not self.pid:  # what Ray says of it is all there is
+            return f"{why}: {' '.join(str(error).split())[:_RAY_WORDS]}"
         tail = _log_tail(self.session.log_dir, self.pid)
         return f"{why}; it last wrote:\n{tail}" if tail else f"{why} without a warning of its own"
 

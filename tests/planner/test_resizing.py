@@ -113,6 +113,14 @@ def test_what_the_limits_forbid_is_refused_with_the_limit(
     assert not scaler.added
 
 
+def test_a_fleet_above_its_limits_may_shrink_step_by_step() -> None:
+    scaler = FakeScaler()
+    resizing(scaler, budget_workers=2).resize(fleet_of(2, 3), MODEL, Split(2, 2))
+    assert scaler.retired == ["decode-2"]
+    with pytest.raises(InvalidRequest, match="budget_workers is 2"):
+        resizing(scaler, budget_workers=2).resize(fleet_of(2, 3), MODEL, Split(3, 2))
+
+
 def test_devices_that_other_models_take_or_await_are_not_to_be_had() -> None:
     scaler = FakeScaler(under_way=[starting(Role.DECODE)])
     both = Resizing(scaler, PlannerSettings(budget_devices=8), {MODEL: MODEL, "other": "other"})
