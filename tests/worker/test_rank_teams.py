@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from kvtransfer.local import LocalHub
 from kvtransfer.protocol import NoteArrived, Outcome, PushEnded, TransferEvent, TransferStopped
 from pdserve.core.errors import ConfigError, TransferError, WorkerLost
-from pdserve.core.messages import Role
+from pdserve.core.messages import KvArrived, PrefillStarted, Role
 from pdserve.core.sampling import SamplingParams
 from pdserve.worker.ranks.joining import NoteJoin, PushJoin
 from pdserve.worker.ranks.leader import Leader
@@ -24,7 +24,8 @@ from pdserve.worker.ranks.wire import RankReady, StopRank
 from tests.support.driver import Driver
 from tests.support.teams import BLOCK, pair_of_teams, start_team
 from tests.support.tiny_models import VOCAB, TinyModel, make_tiny_model_of
-from tests.support.workers import PREFILL, Pair, local_backends
+from tests.support.workers import DECODE, PREFILL, Pair, local_backends
+from tests.worker.test_prefix_moves import Mover
 
 PARAMS = SamplingParams(temperature=0.0, seed=1, max_tokens=9, ignore_eos=True)
 SAMPLED = replace(PARAMS, temperature=0.8, top_k=40, top_p=0.95, repetition_penalty=1.1)
@@ -74,6 +75,25 @@ def test_tokens_are_the_same_whatever_the_number_of_ranks_on_either_side(
             assert sampled == together
 
     with pair_of_teams(tmp_path, tiny.path, prefill, decode) as (pair, *_):
+        asyncio.run(scenario(pair))
+        pair.wait_until_every_block_is_back()
+
+
+def test_a_prefix_moves_with_the_heads_of_all_ranks(tiny: TinyModel, tmp_path: Path) -> None:
+    prompt = random.Random(8).choices(range(3, VOCAB), k=5 * BLOCK + 3)
+
+    async def scenario(pair: Pair) -> None:
+        async with Driver(pair.addresses) as driver:
+            wanted = greedy_by_transformers(tiny, prompt, PARAMS.max_tokens)
+            assert await driver.generate(prompt, PARAMS, colocated=True) == wanted
+            _, arrived = await Mover(driver).move(prompt, DECODE, PREFILL)
+            assert isinstance(arrived, KvArrived)
+            answer = await driver.ask(driver.spec(prompt, PARAMS))
+            assert answer.tokens == wanted
+            (started,) = answer.said(PrefillStarted)
+            assert started.cached_tokens == 5 * BLOCK
+
+    with pair_of_teams(tmp_path, tiny.path, 2, 2) as (pair, *_):
         asyncio.run(scenario(pair))
         pair.wait_until_every_block_is_back()
 
