@@ -121,8 +121,8 @@ class WorkerState:
         self._tell_writing()
 
     def _tell_writing(self) -> None:
-        """A prefill worker keeps few answers, and short ones: its steps are known by what runs now, not by what
-        ran at its last heartbeat."""
+        """A prefill worker keeps few answers, and short ones: its steps are known by what runs now, not by
+        what ran at its last heartbeat."""
         if self.info.role is Role.PREFILL:
             self.latency.writes(*self.decoding)
 

@@ -26,11 +26,17 @@ class BlockKeys:
         block = tokens[at]
         if not is_shared(block) or PREFIX_BLOCK_TOKENS % self._size:
             return b""
-        keys = self._known.get(block)
-        if keys is None:
-            hashes = PrefixHashes(b"", self._size).of(tokens[: at + PREFIX_BLOCK_TOKENS])
-            keys = self._known[block] = pack_keys(hashes[at // self._size :])
-        return keys
+        if block not in self._known:
+            self._learn(tokens)
+        return self._known[block]
+
+    def _learn(self, tokens: Sequence[int]) -> None:
+        """Of all blocks of a prompt that others may begin with."""
+        hashes, each = PrefixHashes(b"", self._size).of(tokens), PREFIX_BLOCK_TOKENS // self._size
+        for at in range(0, len(tokens) - PREFIX_BLOCK_TOKENS + 1, PREFIX_BLOCK_TOKENS):
+            if is_shared(tokens[at]):
+                first = at // self._size
+                self._known[tokens[at]] = pack_keys(hashes[first : first + each])
 
 
 class PrefixCache:
