@@ -93,7 +93,9 @@ def test_the_number_of_threads_is_set(tiny_dir: Path) -> None:
         torch.set_num_threads(before)
 
 
-def test_with_a_local_directory_the_weights_are_those_of_the_copy_there(tiny_dir: Path, tmp_path: Path) -> None:
+def test_with_a_local_directory_the_weights_are_those_of_the_copy_there(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
     source = tmp_path / "shared" / "tiny"
     shutil.copytree(tiny_dir, source)
     settings = ModelSettings(local_dir=str(tmp_path / "disk"))
