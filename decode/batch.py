@@ -31,8 +31,10 @@ class Batch:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         speculation: Speculation | None = None,
+        gather_tokens: int | None = None,
     ) -> None:
         self._pool, self._cache, self._speculation = pool, cache, speculation
+        self._gather_tokens = gather_tokens
         self._block_tokens = block_tokens
         self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
         self.pace = Pace(budget=max_num_batched_tokens, block_tokens=block_tokens)
@@ -170,7 +172,7 @@ class Batch:
     def _reading(self, answers: Sequence[DecodeRun]) -> Iterator[Turn]:
         """Chunks of prompts, as much as is left beside the answers."""
         budget = self.pace.prompt_tokens(answers)
-        seats = self._max_num_seqs - len(answers)
+        seats, read = self._max_num_seqs - len(answers), 0
         readers = [run for run in self._running if run.remaining > 1]
         for run in sorted(readers, key=lambda r: r.spec.ttft_deadline or float("inf")):
             end = min(len(run.tokens), run.computed + budget)
@@ -180,7 +182,14 @@ class Batch:
                 return
             seats -= 1
             budget -= end - run.computed
+            read += end - run.computed
             yield self._turn(run, end)
+            if self.gathered(read):
+                return
+
+    def gathered(self, read: int) -> bool:
+        """A step that reads so many tokens of prompts takes no further prompt in."""
+        return self._gather_tokens is not None and read >= self._gather_tokens
 
     def _turn(self, run: DecodeRun, end: int) -> Turn:
         size = self._block_tokens

@@ -68,6 +68,7 @@ class DecodeScheduler:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             speculation=speculation,
+            gather_tokens=shared.gather_tokens,
         )
         self._speculation = speculation
         self._deferred = Deferred()
@@ -334,6 +335,8 @@ class DecodeScheduler:
         """Tokens of other prompts that may be in the same step."""
         answers = [turn.run for turn in plan.turns if turn.decodes]
         read = sum(turn.end - turn.start for turn in plan.turns if not turn.decodes)
+        if self._batch.gathered(read):
+            return self._block_tokens
         return max(self._batch.pace.prompt_tokens(answers) - read, self._block_tokens)
 
     def stepped(self, plan: DecodePlan | None, prompt_tokens: int, seconds: float) -> None:

@@ -27,8 +27,10 @@ class PromptQueue:
         block_tokens: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        gather_tokens: int | None = None,
     ) -> None:
         self._pool, self._cache, self._tiering = pool, cache, tiering
+        self._gather_tokens = gather_tokens
         self._block_tokens = block_tokens
         # A chunk is at least a block, or a long prompt would never advance.
         self._budget = max(max_num_batched_tokens, block_tokens)
@@ -73,9 +75,11 @@ class PromptQueue:
         chunks: list[Chunk] = []
         begun: list[PrefillRun] = []
         budget, seats = min(budget or self._budget, self._budget), self._max_num_seqs - self.num_computing
-        full = False
+        full, read = False, 0
         coming: set[BlockHash] = set()
         for run in self._runs:
+            if self._gather_tokens is not None and read >= self._gather_tokens:
+                break
             if run.stage is Stage.WAITING:
                 if self._begins_like(run, coming):
                     continue
@@ -94,6 +98,7 @@ class PromptQueue:
                 break
             chunks.append(self._chunk(run, end))
             budget -= end - run.computed
+            read += end - run.computed
         return chunks, begun
 
     def remember(self, chunk: Chunk) -> None:

@@ -60,6 +60,7 @@ class PrefillScheduler:
             block_tokens=shared.layout.block_tokens,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            gather_tokens=shared.gather_tokens,
         )
         self._pushes = PushMaker(shared.layout, shared.push_ids)
         self._runs: dict[AttemptId, PrefillRun] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
 
 from decode.guessing import make_speculation
 from pdserve.core.messages import Role
@@ -17,6 +18,9 @@ from pdserve.worker.ranks.leader import Leader
 from pdserve.worker.running import RunningWorker, launch, load_engine, longest_sequence
 from pdserve.worker.shared import Shared
 from pdserve.worker.spec import WorkerSpec
+
+CPU_GATHER_TOKENS: Final = 128
+"""Rows from which on a CPU computes as many a second as it ever does: 128 take 145 ms where 512 take 620."""
 
 
 class ElasticRole:
@@ -80,6 +84,7 @@ def start_worker(
             max_len=longest_sequence(engine),
             prefix_caching=spec.config.cache.enable_prefix_caching,
             tiers=tiers,
+            gather_tokens=CPU_GATHER_TOKENS if spec.device == "cpu" else None,
         )
         scheduler = ElasticScheduler(
             shared,

@@ -30,13 +30,19 @@ class Shared:
         max_len: int,
         prefix_caching: bool,
         tiers: TierPort | None = None,
+        gather_tokens: int | None = None,
     ) -> None:
-        """max_len: tokens of the longest sequence that fits."""
+        """max_len: tokens of the longest sequence that fits.
+
+        gather_tokens: a step that reads so many takes no further prompt in: it would not read them faster,
+        and the first ones would wait for the last. None: as many prompts as its budget allows.
+        """
         self.worker, self.epoch, self.layout, self.max_len = worker, epoch, layout, max_len
         self.pool = BlockPool(num_blocks)
         self.cache = PrefixCache(self.pool, block_tokens=layout.block_tokens, enabled=prefix_caching)
         self.tiering = Tiering(self.pool, self.cache, tiers, block_tokens=layout.block_tokens)
         self.peers = PeerTable()
         self.duty = Duty(role)
+        self.gather_tokens = gather_tokens
         self.push_ids: Iterator[int] = itertools.count()
         """Of the worker: who hears of a push's end knows whose it was."""

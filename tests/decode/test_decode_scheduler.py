@@ -52,9 +52,21 @@ PREFILL, OWNER = WorkerId("prefill-0"), OwnerId(1)
 class Bench:
     """A scheduler, what it said, and a "model" that answers every row with the same token."""
 
-    def __init__(self, *, num_blocks: int = 32, max_num_seqs: int = 4, budget: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 32,
+        max_num_seqs: int = 4,
+        budget: int = 16,
+        gather: int | None = None,
+    ) -> None:
         self.scheduler = make_scheduler(
-            Role.DECODE, layout=LAYOUT, num_blocks=num_blocks, max_num_seqs=max_num_seqs, budget=budget
+            Role.DECODE,
+            layout=LAYOUT,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            gather=gather,
         )
         self.sent: list[Message] = []
         self.meet(1)
@@ -345,6 +357,16 @@ def test_a_prompt_read_here_shares_the_budget_with_those_that_decode() -> None:
         (16, 21),
         (21, 22),
     ]
+
+
+def test_prompts_read_here_share_a_step_only_until_it_reads_enough() -> None:
+    bench = Bench(budget=100, gather=8)
+    decoding = bench.start("decoding", 5, max_tokens=20)
+    bench.land(decoding, 5)
+    for name, tokens in (("a", 5), ("b", 5), ("c", 9)):
+        bench.start(name, tokens, remote=False)
+    read = [[name for name, start, _ in bench.step() if not start] for _ in range(3)]
+    assert read == [["a", "b"], ["c"], []]
 
 
 def test_reading_goes_on_even_when_decoding_takes_the_whole_budget() -> None:

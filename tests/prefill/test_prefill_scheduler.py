@@ -51,7 +51,13 @@ class Bench:
     """A scheduler, and what was asked of the world."""
 
     def __init__(
-        self, *, num_blocks: int = 32, budget: int = 16, max_num_seqs: int = 8, prefix_caching: bool = True
+        self,
+        *,
+        num_blocks: int = 32,
+        budget: int = 16,
+        max_num_seqs: int = 8,
+        prefix_caching: bool = True,
+        gather: int | None = None,
     ) -> None:
         self.scheduler = make_scheduler(
             Role.PREFILL,
@@ -60,6 +66,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             budget=budget,
             prefix_caching=prefix_caching,
+            gather=gather,
         )
         self.sent: list[Message] = []
         self.pushes: list[Push] = []
@@ -169,6 +176,17 @@ def test_short_prompts_fill_the_budget_that_a_chunk_leaves() -> None:
     assert bench.plan() == [("a", 0, 6), ("b", 0, 7)]
     bench.compute()
     assert bench.plan() == [("c", 0, 9)]  # its first block was just read for another
+
+
+def test_prompts_share_a_step_only_until_it_reads_enough() -> None:
+    bench = Bench(budget=100, gather=8)
+    for name, tokens in (("a", range(5)), ("b", range(20, 25)), ("c", range(40, 49)), ("d", range(60, 62))):
+        bench.start(name, tokens)
+    steps = []
+    while plan := bench.plan():
+        steps.append([name for name, _, _ in plan])
+        bench.compute()
+    assert steps == [["a", "b"], ["c"], ["d"]]
 
 
 def test_a_more_urgent_prompt_goes_ahead_of_one_that_is_half_read() -> None:

@@ -21,8 +21,9 @@ def make_scheduler(
     budget: int = 16,
     prefix_caching: bool = True,
     speculation: Speculation | None = None,
+    gather: int | None = None,
 ) -> ElasticScheduler:
-    """budget: tokens of a step, whatever is in it."""
+    """budget: tokens of a step, whatever is in it. gather: of prompts, from which on no more are added."""
     shared = Shared(
         worker=WorkerId(worker or f"{role.value}-0"),
         epoch=1,
@@ -31,6 +32,7 @@ def make_scheduler(
         num_blocks=num_blocks,
         max_len=max_len,
         prefix_caching=prefix_caching,
+        gather_tokens=gather,
     )
     return ElasticScheduler(
         shared,
