@@ -74,7 +74,8 @@ def test_tokens_are_the_same_whatever_the_number_of_ranks_on_either_side(
             together = await asyncio.gather(*[driver.generate(p, SAMPLED, colocated=True) for p in prompts])
             assert sampled == together
 
-    with pair_of_teams(tmp_path, tiny.path, prefill, decode) as (pair, *_):
+    with pair_of_teams(tmp_path, tiny.path, prefill, decode) as (pair, *teams):
+        assert all(team.worker.info.profile for team in teams), "measured with all ranks"
         asyncio.run(scenario(pair))
         pair.wait_until_every_block_is_back()
 
