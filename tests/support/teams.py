@@ -63,7 +63,7 @@ def start_team(
     config: ServeConfig | None = None,
     silence_s: float = 30.0,
 ) -> Team:
-    spec = replace(spec_of(role, sockets, config or config_of()), profile_s=0.1)
+    spec = replace(spec_of(role, sockets, config or config_of()), profile_s=5.0)
     if size == 1:
         alone = build(model, None)
         return Team(start_worker(spec, engine=alone, backend_factory=backends), [alone])
