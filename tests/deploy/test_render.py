@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]  # comes with Ray; it has no stubs
 import kubernetes_validate
 import pytest
 import yaml
@@ -71,6 +72,53 @@ def test_every_object_of_a_size_is_valid_kubernetes(name: str) -> None:
     for template in pod_templates(objects):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+START_PARAMETERS = {"type": "object", "additionalProperties": {"type": "string"}}
+GROUP = {"rayStartParams": START_PARAMETERS, "template": {"type": "object", "required": ["spec"]}}
+COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+RAY_CLUSTER = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["headGroupSpec"],
+    "properties": {
+        "rayVersion": {"type": "string", "pattern": r"^\d+\.\d+\.\d+$"},
+        "authOptions": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"mode": {"enum": ["token", "disabled"]}},
+        },
+        "enableInTreeAutoscaling": {"type": "boolean"},
+        "headGroupSpec": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": list(GROUP),
+            "properties": GROUP,
+        },
+        "workerGroupSpecs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["groupName", "minReplicas", "maxReplicas", *GROUP],
+                "properties": GROUP
+                | {"groupName": {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}}
+                | {"replicas": COUNT, "minReplicas": COUNT, "maxReplicas": COUNT, "numOfHosts": COUNT},
+            },
+        },
+    },
+}
+"""Fields of KubeRay's API ray.io/v1 that we write, with their types there; pod templates are Kubernetes' own."""
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_ray_cluster_has_the_fields_of_kuberays_api_and_no_other(name: str) -> None:
+    for entry in objects_of_size(name):
+        if entry["kind"] == "RayCluster":
+            assert entry["apiVersion"] == "ray.io/v1"
+            jsonschema.validate(entry["spec"], RAY_CLUSTER)
+            for group in entry["spec"]["workerGroupSpecs"]:
+                assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
 @pytest.mark.parametrize("name", SIZES)
