@@ -108,7 +108,7 @@ RAY_CLUSTER = {
         },
     },
 }
-"""Fields of KubeRay's API ray.io/v1 that we write, with their types there; pod templates are Kubernetes' own."""
+"""Fields of KubeRay's API ray.io/v1 that we write, with their types there; templates are Kubernetes' own."""
 
 
 @pytest.mark.parametrize("name", SIZES)
