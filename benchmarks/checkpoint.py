@@ -1,6 +1,6 @@
 """Checkpoints of random weights, for speed comparisons at a size whose real weights are not here.
 
-    python -m benchmarks.checkpoint 1B --out out/models/llama-1B
+    python -m benchmarks.checkpoint 1B --out out/models/random-1B
 
 A Hugging Face folder in bfloat16 that every system loads like any other: `benchmarks.shapes` says its shape,
 and the tokenizer, with the size of its vocabulary, is that of another model. What it answers means nothing.
