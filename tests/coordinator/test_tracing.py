@@ -44,18 +44,6 @@ def world_of(*decoders: str) -> World:
     return world
 
 
-def run_slowly(world: World) -> None:
-    """Each round of messages takes a second."""
-    for _ in range(40):
-        world.flush()
-        world.now += 1.0
-        for worker in list(world.workers):
-            world.step(worker)
-        while world.pushes:
-            world.land(0)
-    world.run()
-
-
 def tree(spans: list[ReadableSpan]) -> dict[str, list[str]]:
     """Names of the children of each span, in order of time."""
     names = {span.context.span_id: span.name for span in spans if span.context is not None}
@@ -69,7 +57,7 @@ def tree(spans: list[ReadableSpan]) -> dict[str, list[str]]:
 def test_a_request_is_a_tree_of_spans_that_lie_within_their_parents() -> None:
     world = world_of("decode-0")
     world.submit(new_request(prompt=[5] * 12, max_tokens=6))
-    run_slowly(world)
+    world.run_slowly()
     spans = spans_of(world)
     children = tree(spans)
     assert set(children["request"]) == {"tokenise", "queue", "attempt"}

@@ -80,14 +80,7 @@ def finished_world() -> World:
     world.join("prefill-0", Role.PREFILL)
     world.join("decode-0", Role.DECODE)
     world.submit(new_request(prompt=[5] * 12, max_tokens=6, traceparent=PARENT))
-    for _ in range(40):
-        world.flush()
-        world.now += 1.0
-        for worker in list(world.workers):
-            world.step(worker)
-        while world.pushes:
-            world.land(0)
-    world.run()
+    world.run_slowly()
     return world
 
 

@@ -218,6 +218,17 @@ class World:
                 return
         raise AssertionError("the world does not come to rest")
 
+    def run_slowly(self) -> None:
+        """Each round of messages takes a second."""
+        for _ in range(40):
+            self.flush()
+            self.now += 1.0
+            for worker in list(self.workers):
+                self.step(worker)
+            while self.pushes:
+                self.land(0)
+        self.run()
+
     def flush(self) -> bool:
         """Deliver every message that is on its way, and those that causes."""
         moved = False
