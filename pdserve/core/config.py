@@ -256,12 +256,12 @@ class ClusterSettings(Frozen):
     """The next free one where it is taken."""
     heartbeat_s: Seconds = 0.5
     """How often a worker tells the coordinator how it is."""
+    profile_s: Annotated[float, Field(ge=0, le=10)] = 0.8
+    """How long a worker measures its own speed before it takes requests, so that predictions are right from
+    the first one; its engine is warm then. 0: not at all."""
     start_timeout_s: Seconds = 300.0
     """A worker that has not loaded its model by then has failed."""
     join_timeout_s: Annotated[float, Field(ge=0)] = 0.0
-    profile_s: Annotated[float, Field(ge=0, le=10)] = 0.5
-    """How long a worker measures its own speed before it takes requests, so that predictions are right from
-    the first one; its engine is warm then. 0: not at all."""
     """How long to wait, on a cluster that we join, until it has nodes enough for all workers. 0: refuse at
     once."""
     linger_s: Annotated[float, Field(ge=0)] = 60.0

@@ -18,13 +18,15 @@ from pdserve.engine.batch import Logits, SampleRequest, SequenceSlice
 from pdserve.worker.compute import Work, compute
 from pdserve.worker.ports import EnginePort
 
-_PROMPTS: Final = (16, 64, 128, 256, 512)
-"""Tokens."""
+_PROMPTS: Final = (128, 32, 256, 512)
+"""Tokens; the most telling first, where there is time for one alone."""
+_FIRST: Final = 32
+"""Of the prompt that warms up."""
 _BATCHES: Final = (1, 2, 4, 8)
 """Sequences of a decode step."""
 _CONTEXT: Final = 32
 """Tokens before the one that a decode step adds."""
-_DECODE_SHARE: Final = 0.4
+_DECODE_SHARE: Final = 0.35
 """Of the time, kept for decode steps."""
 
 
@@ -52,10 +54,9 @@ def measure(
         return share * budget_s - (clock() - started)
 
     longest = min(max_tokens, engine.runner.max_model_len - 1, engine.num_blocks * engine.block_tokens)
-    per_token_s = timed([_prompt(engine, min(_PROMPTS[0], longest))]) / _PROMPTS[0]
-    for tokens in _PROMPTS + _PROMPTS:
-        if tokens > longest:
-            continue
+    first = min(_FIRST, longest)
+    per_token_s = timed([_prompt(engine, first)]) / first
+    for tokens in 2 * tuple(dict.fromkeys(min(tokens, longest) for tokens in _PROMPTS)):
         if tokens * per_token_s > left_s(1 - _DECODE_SHARE):
             break
         seconds = timed([_prompt(engine, tokens)])
