@@ -155,7 +155,10 @@ class Coordinator:
     def _standbys(self) -> Standbys:
         # Models that the configuration does not name have no standby.
         models = zip(self._served, self._config.of_each_model, strict=False)
-        return Standbys({served.name: config.decode.standby for served, config in models})
+        wanted = {served.name: config.decode.standby for served, config in models}
+        if any(wanted.values()) and self._config.planner.mode is PlannerMode.ACTIVE:
+            raise ConfigError("decode.standby: planner.mode=active gives every worker its role; choose one")
+        return Standbys(wanted)
 
     def _planners(self) -> PlannerControl | None:
         settings = self._config.planner

@@ -40,6 +40,8 @@ def logs(
     ] = None,
 ) -> None:
     """Show every log line of a request, from the coordinator and all workers, on all machines."""
+    if not request.strip():
+        raise typer.BadParameter("which request? `pdserve explain last` shows the last one's id")
     folders = [folder] if folder is not None else sorted(_session_folders())
     found = {line for each in folders for line in lines_of(request, each)}
     where = [str(each) for each in folders]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
+from coordinator.models import ServedModel
+from coordinator.service import Coordinator
 from coordinator.standby import Standbys
-from pdserve.core.config import DecodeSettings
+from pdserve.core.config import CoordinatorSettings, DecodeSettings, ServeConfig
+from pdserve.core.errors import ConfigError
 from pdserve.core.ids import WorkerId
 from pdserve.core.messages import Role
+from pdserve.core.operation_settings import PlannerMode, PlannerSettings
+from tests.support.deployment import scenario
 from tests.support.registry_world import MODEL, World, new_request
+from tests.support.scripted_model import make_scripted_model
 
 
 class Watched(World):
@@ -93,6 +101,18 @@ def test_of_two_that_are_lost_one_is_stood_in_for_by_one() -> None:
     world.look()
     world.look()
     assert list(world.used()) == ["decode-2", "decode-3", "prefill-0"]
+
+
+@scenario
+async def test_the_planner_and_standbys_do_not_both_give_roles(tmp_path: Path) -> None:
+    served = ServedModel.from_dir(make_scripted_model(tmp_path / "model"), name="scripted")
+    config = ServeConfig(
+        coordinator=CoordinatorSettings(port=0),
+        decode=DecodeSettings(workers=2, standby=1),
+        planner=PlannerSettings(mode=PlannerMode.ACTIVE),
+    )
+    with pytest.raises(ConfigError, match=r"decode\.standby"):
+        await Coordinator(config, [served]).start()
 
 
 def test_somebody_must_be_left_to_write() -> None:
