@@ -1,6 +1,6 @@
 """How fast KV blocks move between two processes, beside what others reach in the same run.
 
-    python -m benchmarks.transfer --output build/transfer.json
+    python -m benchmarks.transfer --output build/transfer.json      (and build/transfer.md)
 
 Transports: what UCX picks on this host, TCP over loopback, and, for root, TCP between two network namespaces.
 Per transport and block size, interleaved in every round:
@@ -15,7 +15,8 @@ Per transport and block size, interleaved in every round:
     digest    what a digest of the same blocks would take, as a share of the push's time
 
 then the time of a one-block push at the sender and until its note is an event at an idle receiver; and what
-100 short requests wait behind a huge one, with and without taking turns.
+100 short requests wait behind a huge one, with and without taking turns; then how much of the transfer of a
+prompt of 2k to 32k tokens is exposed (`benchmarks.transfer_exposed`), and last what was aimed at.
 """
 
 from __future__ import annotations
@@ -26,81 +27,40 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import xxhash
 
+from benchmarks import transfer_exposed
 from benchmarks.environment import describe_environment
-from benchmarks.network_namespaces import DEVICE, available, two_namespaces
-from benchmarks.transfer_pair import BLOCK_BYTES, Pair, Transport, connected
+from benchmarks.network_namespaces import available
+from benchmarks.transfer_pair import (
+    BLOCK_BYTES,
+    LOOPBACK,
+    TWO_NAMESPACES,
+    Pair,
+    Transport,
+    connected,
+    transports,
+)
+from benchmarks.transfer_report import BestAndMedian, Measured, Row, Turns, markdown, targets_of
 from benchmarks.transfer_tools import iperf3, ucx_perftest, write_into
-from kvtransfer.protocol import Outcome, Path, PathInfo, PushEnded
+from kvtransfer.protocol import Outcome, Path, PushEnded
+
+Bytes = npt.NDArray[np.uint8]
 
 IDLE_S: Final = 3.0
 SHORT_REQUESTS: Final = 100
 SHORT_BLOCKS: Final = 4
 HUGE_PUSHES: Final = 16
-TWO_NAMESPACES: Final = "tcp, two namespaces"
-
-
-@dataclass(frozen=True, slots=True)
-class BestAndMedian:
-    """Of all rounds. On a busy machine the median is mostly the scheduler's."""
-
-    best: float
-    median: float
-
-    def __str__(self) -> str:
-        return f"{self.best:.3g} / {self.median:.3g}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    transport: str
-    path: str
-    block_kib: int
-    push_gb_per_s: BestAndMedian
-    """From the start of the transfer to its completion at the sender, note included."""
-    kernel_gb_per_s: BestAndMedian | None
-    """None where the bytes do not go that way."""
-    memcpy_gb_per_s: BestAndMedian
-    one_gb_per_s: BestAndMedian
-    perftest_gb_per_s: BestAndMedian | None
-    iperf3_gb_per_s: BestAndMedian | None
-    digest_share: BestAndMedian
-    """Time of a digest / time of the push, each at its best and at its median."""
-    one_block_us: BestAndMedian
-    """One block, at the idle sender: from the start of the transfer to its completion."""
-    note_us: BestAndMedian
-    """One block: from `submit` in the idle sender to the note's event in the idle receiver."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turns:
-    """Short requests that come just after a huge one: milliseconds from the first submit to the ends."""
-
-    transport: str
-    order: str
-    huge_mib: int
-    short_p50_ms: float
-    short_last_ms: float
-    huge_ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    rows: list[Row]
-    turns: list[Turns]
-    idle_share: float
-    """Of a core, by the idle, connected receiver."""
-    probe: PathInfo
+SLOWER_TOKENS_PER_S: Final = 4000.0
+"""An 8B cache grows by 0.5 GB/s then."""
 
 
 def measure(transport: Transport, args: argparse.Namespace) -> Measured:
@@ -116,7 +76,7 @@ def measure(transport: Transport, args: argparse.Namespace) -> Measured:
             for order in ("first come, first served", "in turns")
         ]
         idle = _idle_share(pair.receiver_pid)
-        return Measured(rows=rows, turns=turns, idle_share=idle, probe=pair.path)
+        return Measured(rows=rows, turns=turns, exposed=[], idle_share=idle, probe=pair.path)
 
 
 def _measure_size(
@@ -145,15 +105,8 @@ def _measure_size(
             write_into(pair.receiver_pid, spans)
             by_kernel.append(time.perf_counter() - began)
         src, dst = scattered()
-        began = time.perf_counter()
-        for a, b in zip(src, dst, strict=True):
-            target[b * size : (b + 1) * size] = array[a * size : (a + 1) * size]
-        copied.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        digest = xxhash.xxh3_64()
-        for a in src:
-            digest.update(array[a * size : (a + 1) * size].data)
-        digested.append(time.perf_counter() - began)
+        copied.append(_memcpy_s(array, target, src, dst, size))
+        digested.append(_digest_s(array, src, size))
         same.append(sender.push(3 * i + 1, group, [0] * count, [1] * count).seconds)
         if i < args.perftest_rounds:
             found = ucx_perftest(
@@ -184,6 +137,21 @@ def _measure_size(
         one_block_us=_microseconds(single),
         note_us=_microseconds(list(pair.take_notes().values())),
     )
+
+
+def _memcpy_s(array: Bytes, target: Bytes, src: Sequence[int], dst: Sequence[int], size: int) -> float:
+    began = time.perf_counter()
+    for a, b in zip(src, dst, strict=True):
+        target[b * size : (b + 1) * size] = array[a * size : (a + 1) * size]
+    return time.perf_counter() - began
+
+
+def _digest_s(array: Bytes, blocks: Sequence[int], size: int) -> float:
+    began = time.perf_counter()
+    digest = xxhash.xxh3_64()
+    for block in blocks:
+        digest.update(array[block * size : (block + 1) * size].data)
+    return time.perf_counter() - began
 
 
 def _turns(transport: str, pair: Pair, order: str, round_of: int) -> Turns:
@@ -236,64 +204,35 @@ def _idle_share(pid: int) -> float:
     return round((after.user + after.system - before.user - before.system) / IDLE_S, 4)
 
 
-def table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| transport | path | block KiB | push GB/s | kernel GB/s | memcpy GB/s "
-        "| one block over and over GB/s | ucx_perftest GB/s "
-        "| iperf3 GB/s | digest / push | one block us | block + note us |",
-        "|" + "---|" * 12,
-    ]
-    lines += [
-        f"| {r.transport} | {r.path} | {r.block_kib} | {r.push_gb_per_s} "
-        f"| {r.kernel_gb_per_s or '-'} | {r.memcpy_gb_per_s} "
-        f"| {r.one_gb_per_s} | {r.perftest_gb_per_s or '-'} "
-        f"| {r.iperf3_gb_per_s or '-'} | {r.digest_share} "
-        f"| {r.one_block_us} | {r.note_us} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
-
-
-def turns_table(turns: Sequence[Turns]) -> str:
-    lines = [
-        "| transport | order | huge request MiB | short p50 ms | last short ms | huge ms |",
-        "|" + "---|" * 6,
-    ]
-    lines += [
-        f"| {t.transport} | {t.order} | {t.huge_mib} | {t.short_p50_ms:.0f} | {t.short_last_ms:.0f} "
-        f"| {t.huge_ms:.0f} |"
-        for t in turns
-    ]
-    return "\n".join(lines)
-
-
-@contextmanager
-def transports(*, namespaces: bool) -> Iterator[list[Transport]]:
-    on_host = [
-        Transport(name="default", ucx={}),
-        Transport(name="tcp, loopback", ucx={"TLS": "tcp", "NET_DEVICES": "lo"}),
-    ]
-    if not namespaces:
-        yield on_host
-        return
-    with two_namespaces() as names:
-        ucx = {"TLS": "tcp", "NET_DEVICES": DEVICE}
-        yield [*on_host, Transport(name=TWO_NAMESPACES, ucx=ucx, namespaces=names)]
+def _exposed(transport: Transport) -> list[transfer_exposed.Exposed]:
+    """Of prompts as long as the target is about; over TCP also where the link can follow the accelerator."""
+    lengths = (2048, 8192, 16384, 32768)
+    plans = [transfer_exposed.Plan(lengths=lengths, concurrent=(1,))]
+    if transport.ucx:
+        plans = [
+            transfer_exposed.Plan(lengths=lengths[:2], concurrent=(1,)),
+            transfer_exposed.Plan(
+                lengths=lengths, concurrent=(1,), rounds=2, tokens_per_s=SLOWER_TOKENS_PER_S
+            ),
+        ]
+    return [row for plan in plans for row in transfer_exposed.measured_alone(transport, plan)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=File, help="where to write the figures as JSON")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument(
+        "--output", type=File, help="where to write the figures: JSON, and Markdown beside it"
+    )
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--push-mib", type=int, default=32, help="bytes of one push")
     parser.add_argument("--pool-mib", type=int, default=64, help="bytes of one pool")
     parser.add_argument("--transports", default="", help="only those with this in their name")
     parser.add_argument("--ucx-perftest", default="ucx_perftest", help="program to run, if it is there")
-    parser.add_argument("--perftest-rounds", type=int, default=3)
+    parser.add_argument("--perftest-rounds", type=int, default=6)
     args = parser.parse_args()
-    environment = describe_environment()
+    environment = dataclasses.asdict(describe_environment())
     measured: dict[str, Measured] = {}
     with transports(namespaces=available() and args.transports in TWO_NAMESPACES) as chosen:
         for transport in chosen:
@@ -301,21 +240,20 @@ def main() -> None:
                 continue
             # A process of its own each: UCX keeps what it once found out about the machine.
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-                measured[transport.name] = fresh.submit(measure, transport, args).result()
-    rows = [row for one in measured.values() for row in one.rows]
-    turns = [turn for one in measured.values() for turn in one.turns]
-    print(json.dumps(dataclasses.asdict(environment)))
-    print(f"rounds {args.rounds}, push {args.push_mib} MiB, pool {args.pool_mib} MiB; best / median\n")
-    print(table(rows))
-    print(f"\n{turns_table(turns)}\n")
-    for name, one in measured.items():
-        print(f"{name}: idle receiver {one.idle_share:.2%} of a core; probe at connect {one.probe}")
+                found = fresh.submit(measure, transport, args).result()
+            exposed = [] if transport.name == LOOPBACK else _exposed(transport)
+            measured[transport.name] = dataclasses.replace(found, exposed=exposed)
+    config = {"rounds": args.rounds, "push_mib": args.push_mib, "pool_mib": args.pool_mib}
+    text = markdown(json.dumps(environment), json.dumps(config), measured)
+    print(text)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.with_suffix(".md").write_text(text)
         result = {
-            "environment": dataclasses.asdict(environment),
-            "config": {"rounds": args.rounds, "push_mib": args.push_mib, "pool_mib": args.pool_mib},
+            "environment": environment,
+            "config": config,
             "measured": {name: dataclasses.asdict(one) for name, one in measured.items()},
+            "targets": [dataclasses.asdict(one) for one in targets_of(measured)],
         }
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -26,8 +27,7 @@ from typing import Final
 
 from benchmarks.environment import describe_environment
 from benchmarks.network_namespaces import available
-from benchmarks.transfer import TWO_NAMESPACES, transports
-from benchmarks.transfer_pair import Pair, Transport, connected
+from benchmarks.transfer_pair import TWO_NAMESPACES, Pair, Transport, connected, transports
 from kvtransfer.protocol import Outcome, PushEnded
 from pdserve.core.layout import CacheGroup, GroupLayout
 
@@ -47,16 +47,37 @@ class Exposed:
     path: str
     prompt_tokens: int
     concurrent: int
+    tokens_per_s: float
+    """Of the accelerator."""
     ttft_ms: float
     """From the first chunk's start to the last push's completion."""
     sender_ms: float
     """From the end of computing to the last push's completion."""
     receiver_ms: float
     """From the end of computing to the note's event."""
+    best_share: float
+    """The least share of a prompt's TTFT that its exposed time at the receiver was."""
 
     @property
     def share(self) -> float:
         return self.receiver_ms / (self.ttft_ms - self.sender_ms + self.receiver_ms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured, and as which accelerator."""
+
+    lengths: tuple[int, ...] = LENGTHS
+    concurrent: tuple[int, ...] = CONCURRENT
+    rounds: int = 2
+    """Of the longest prompts; of short ones up to four times as many."""
+    tokens_per_s: float = 10_000.0
+    chunk: int = 512
+    """Tokens of a step."""
+    layer_groups: int = 4
+    pool_tokens: int = 4096
+    most_tokens: int = 32768
+    """Of all prompts at a time."""
 
 
 @dataclass(slots=True)
@@ -69,24 +90,22 @@ class _Prompt:
     computed: float = 0.0
 
 
-def play(
-    pair: Pair, args: argparse.Namespace, num_tokens: int, concurrent: int, first_id: int
-) -> list[_Prompt]:
+def play(pair: Pair, plan: Plan, num_tokens: int, concurrent: int, first_id: int) -> list[_Prompt]:
     """Read the prompts, a chunk each in turn; returns with every push submitted."""
     size, layers = LLAMA_8B.block_tokens, LLAMA_8B.group.num_layers
-    per_group = layers // args.layer_groups
-    pool_blocks = args.pool_tokens // size
+    per_group = layers // plan.layer_groups
+    pool_blocks = plan.pool_tokens // size
     prompts = [_Prompt(i, -(-num_tokens // size)) for i in range(concurrent)]
     next_id = first_id
     turns = list(prompts)
     while turns:
         prompt = turns.pop(0)
         prompt.began = prompt.began or time.monotonic()
-        count = min(args.chunk // size, prompt.num_blocks - prompt.sent_blocks)
+        count = min(plan.chunk // size, prompt.num_blocks - prompt.sent_blocks)
         start = prompt.index * pool_blocks // concurrent + prompt.sent_blocks
         blocks = [(start + i) % pool_blocks for i in range(count)]
         for first in range(0, layers, per_group):
-            _compute(count * size * per_group / layers / args.tokens_per_s)
+            _compute(count * size * per_group / layers / plan.tokens_per_s)
             prompt.computed = time.monotonic()
             pair.sender.submit(
                 next_id, 0, blocks, blocks, f"prompt {prompt.index}", (first, min(first + per_group, layers))
@@ -103,29 +122,28 @@ def _compute(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def measure(transport: Transport, args: argparse.Namespace) -> list[Exposed]:
+def measure(transport: Transport, plan: Plan) -> list[Exposed]:
     rows = []
-    pool_bytes = args.pool_tokens // LLAMA_8B.block_tokens * LLAMA_8B.block_bytes
+    pool_bytes = plan.pool_tokens // LLAMA_8B.block_tokens * LLAMA_8B.block_bytes
     with connected(transport, pool_bytes, groups=(LLAMA_8B,)) as pair:
-        first_id = 0
-        for concurrent in CONCURRENT:
-            for num_tokens in LENGTHS:
-                if num_tokens * concurrent > args.most_tokens:
+        ids = itertools.count(0, 1_000_000)
+        _round(pair, plan, min(plan.lengths), 1, next(ids))
+        for concurrent in plan.concurrent:
+            for num_tokens in plan.lengths:
+                if num_tokens * concurrent > plan.most_tokens:
                     continue
-                rounds = []
-                for _ in range(args.rounds + 1):
-                    rounds.append(_round(pair, args, num_tokens, concurrent, first_id))
-                    first_id += 1_000_000
-                rows.append(_row(transport, pair, num_tokens, concurrent, rounds[1:]))
+                times = plan.rounds * min(max(8192 // num_tokens, 1), 4)
+                rounds = [_round(pair, plan, num_tokens, concurrent, next(ids)) for _ in range(times)]
+                rows.append(_row(transport, pair, plan, num_tokens, concurrent, rounds))
     return rows
 
 
 def _round(
-    pair: Pair, args: argparse.Namespace, num_tokens: int, concurrent: int, first_id: int
+    pair: Pair, plan: Plan, num_tokens: int, concurrent: int, first_id: int
 ) -> list[tuple[float, float, float]]:
     """TTFT, exposed at the sender and at the receiver, of each prompt; seconds."""
     pair.take_notes()
-    prompts = play(pair, args, num_tokens, concurrent, first_id)
+    prompts = play(pair, plan, num_tokens, concurrent, first_id)
     last = {prompt.last_push: prompt for prompt in prompts}
     total = max(last) - first_id + 1
     ended: dict[int, float] = {}
@@ -145,6 +163,7 @@ def _round(
 def _row(
     transport: Transport,
     pair: Pair,
+    plan: Plan,
     num_tokens: int,
     concurrent: int,
     rounds: Sequence[Sequence[tuple[float, float, float]]],
@@ -156,21 +175,23 @@ def _row(
         path=pair.path.path,
         prompt_tokens=num_tokens,
         concurrent=concurrent,
+        tokens_per_s=plan.tokens_per_s,
         ttft_ms=ttft,
         sender_ms=sender,
         receiver_ms=receiver,
+        best_share=min(noted / (first - ended + noted) for first, ended, noted in every),
     )
 
 
 def table(rows: Sequence[Exposed]) -> str:
     lines = [
-        "| transport | path | prompt tokens | prompts at a time | TTFT ms | exposed, sender ms "
-        "| exposed, receiver ms | share of TTFT |",
-        "|" + "---|" * 8,
+        "| transport | path | tokens/s | prompt tokens | prompts at a time | TTFT ms | exposed, sender ms "
+        "| exposed, receiver ms | share of TTFT | at best |",
+        "|" + "---|" * 10,
     ]
     lines += [
-        f"| {r.transport} | {r.path} | {r.prompt_tokens} | {r.concurrent} | {r.ttft_ms:.0f} "
-        f"| {r.sender_ms:.1f} | {r.receiver_ms:.1f} | {r.share:.1%} |"
+        f"| {r.transport} | {r.path} | {r.tokens_per_s:,.0f} | {r.prompt_tokens} | {r.concurrent} "
+        f"| {r.ttft_ms:.0f} | {r.sender_ms:.1f} | {r.receiver_ms:.1f} | {r.share:.1%} | {r.best_share:.1%} |"
         for r in rows
     ]
     return "\n".join(lines)
@@ -181,33 +202,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--tokens-per-s", type=float, default=10_000.0, help="of the accelerator")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of a step")
-    parser.add_argument("--layer-groups", type=int, default=4)
-    parser.add_argument("--pool-tokens", type=int, default=4096)
-    parser.add_argument("--most-tokens", type=int, default=32768, help="of all prompts at a time")
     parser.add_argument("--transports", default="", help="only those with this in their name")
-    args = parser.parse_args()
+    for name in ("rounds", "chunk", "layer_groups", "pool_tokens", "most_tokens"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Plan(), name))
+    parser.add_argument("--tokens-per-s", type=float, default=Plan().tokens_per_s, help="of the accelerator")
+    given = vars(parser.parse_args())
+    output, wanted = given.pop("output"), given.pop("transports")
+    plan = Plan(**given)
     environment = describe_environment()
     rows: list[Exposed] = []
-    with transports(namespaces=available() and args.transports in TWO_NAMESPACES) as chosen:
+    with transports(namespaces=available() and wanted in TWO_NAMESPACES) as chosen:
         for transport in chosen:
-            if args.transports in transport.name:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                    rows += fresh.submit(measure, transport, args).result()
-    config = {key: value for key, value in vars(args).items() if key not in ("output", "transports")}
+            if wanted in transport.name:
+                rows += measured_alone(transport, plan)
     print(json.dumps(dataclasses.asdict(environment)))
-    print(f"{json.dumps(config)}\n")
+    print(f"{json.dumps(dataclasses.asdict(plan))}\n")
     print(table(rows))
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "environment": dataclasses.asdict(environment),
-            "config": config,
+            "config": dataclasses.asdict(plan),
             "rows": [{**dataclasses.asdict(row), "share": row.share} for row in rows],
         }
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measured_alone(transport: Transport, plan: Plan) -> list[Exposed]:
+    """In a process of its own: UCX keeps what it once found out about the machine."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(measure, transport, plan).result()
 
 
 if __name__ == "__main__":

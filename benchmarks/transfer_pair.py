@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.network_namespaces import enter
+from benchmarks.network_namespaces import DEVICE, enter, two_namespaces
 from kvtransfer.factory import make_backend
 from kvtransfer.metadata import decode_metadata
 from kvtransfer.protocol import (
@@ -35,6 +35,8 @@ from pdserve.core.transfer_settings import TcpFallback, TransferBackendName, Ver
 
 BLOCK_BYTES: Final = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 WAIT_S: Final = 60.0
+LOOPBACK: Final = "tcp, loopback"
+TWO_NAMESPACES: Final = "tcp, two namespaces"
 _STAMP: Final = struct.Struct("<dq")
 """When a push was submitted, and its id."""
 
@@ -222,3 +224,17 @@ def connected(
     sender.service.stop()
     sender.service.join(WAIT_S)
     process.join(WAIT_S)
+
+
+@contextmanager
+def transports(*, namespaces: bool) -> Iterator[list[Transport]]:
+    on_host = [
+        Transport(name="default", ucx={}),
+        Transport(name=LOOPBACK, ucx={"TLS": "tcp", "NET_DEVICES": "lo"}),
+    ]
+    if not namespaces:
+        yield on_host
+        return
+    with two_namespaces() as names:
+        ucx = {"TLS": "tcp", "NET_DEVICES": DEVICE}
+        yield [*on_host, Transport(name=TWO_NAMESPACES, ucx=ucx, namespaces=names)]
