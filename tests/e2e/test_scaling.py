@@ -74,6 +74,7 @@ def test_more_than_the_limits_allow_is_refused_at_once(scalable: RunningDeployme
         decode_workers(scalable, 3)
 
 
+@pytest.mark.slow
 def test_where_there_is_no_room_for_a_worker_that_is_said_at_once(scalable: RunningDeployment) -> None:
     """A machine of our own has the cores it has: one for each worker that there may be."""
     told = list(scale(scalable.deployment.grpc, prefill=2, decode=2))
