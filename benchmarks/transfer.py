@@ -225,12 +225,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=File, help="where to write the figures: JSON, and Markdown beside it"
     )
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--push-mib", type=int, default=32, help="bytes of one push")
     parser.add_argument("--pool-mib", type=int, default=64, help="bytes of one pool")
     parser.add_argument("--transports", default="", help="only those with this in their name")
     parser.add_argument("--ucx-perftest", default="ucx_perftest", help="program to run, if it is there")
-    parser.add_argument("--perftest-rounds", type=int, default=6)
+    parser.add_argument("--perftest-rounds", type=int, default=4)
     args = parser.parse_args()
     environment = dataclasses.asdict(describe_environment())
     measured: dict[str, Measured] = {}

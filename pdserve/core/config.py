@@ -175,7 +175,7 @@ class CoordinatorSettings(Frozen):
     whole_on_prefill: WholeOnPrefill = WholeOnPrefill.AUTO
     """Whether a prefill worker keeps a request whole, prompt and answer. auto: where that is predicted to be
     cheaper, such as a short answer while decode workers have much to write; and where none has room."""
-    fetch_prefixes: bool = False
+    fetch_prefixes: bool = True
     """What a worker lacks of a prompt's beginning is pushed to it by one that has it cached, before the
     request starts, where that is predicted to take less than half as long as reading it again."""
     admission: Annotated[Admission, BeforeValidator(off)] = Admission.DEADLINE
