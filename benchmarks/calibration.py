@@ -1,8 +1,12 @@
 """How far the simulator is from a real cluster: `python -m benchmarks.calibration --model DIR`.
 
-One prefill and one decode worker are started on this machine as a user starts them. Lone prompts and small
-batches give the simulator its profile; then the same requests at the same times go to the cluster and to the
-simulator, and their TTFT and TPOT are compared. Requests of the replay are none of those of the profile.
+One prefill and one decode worker are started on this machine as a user starts them. In each of several rounds
+lone prompts and small batches are timed, then requests are replayed. The simulator gets its profile from the
+medians of all rounds' probes, and the same requests at the same times; TTFT and TPOT of both are compared.
+
+A machine that others use changes its speed between a probe and a replay, and then the figures say nothing of
+the simulator: probes of one round that took much longer than those of another are reported, and the run is
+called invalid.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -32,9 +36,11 @@ from pdserve.core.config import Admission, RoutingPolicy
 from pdserve.core.errors import ConfigError
 
 PROMPTS: Final = (16, 64, 160, 320, 480)
-BATCHES: Final = ((1, 32), (2, 32), (4, 32), (8, 32), (1, 400), (4, 400), (8, 400))
+BATCHES: Final = ((1, 32), (3, 32), (8, 32), (1, 400), (6, 400))
 """(Sequences, tokens of each prompt)."""
-_ANSWER: Final = 40
+MOST_DRIFT: Final = 1.2
+"""Slowest round over fastest, by the median of its probes, beyond which a run is not valid."""
+_ANSWER: Final = 32
 _QUANTILES: Final = (0.5, 0.9)
 _SCENARIO: Final = Scenario.model_validate(
     {
@@ -46,7 +52,7 @@ _SCENARIO: Final = Scenario.model_validate(
             }
         ],
         "warmup_s": 0,
-        "duration_s": 40,
+        "duration_s": 20,
         "drain_s": 60,
     }
 )
@@ -73,40 +79,52 @@ async def ask_all(server: Server, lengths: Sequence[tuple[int, int]], seed: int)
     return trial.records
 
 
-async def measure_profile(server: Server, repeats: int) -> Profile:
-    """From lone prompts and small batches, the median of `repeats`."""
-    await ask_all(server, [(300, 8)] * 4, seed=1)  # first transfers and caches
-    reads: dict[int, list[float]] = {n: [] for n in PROMPTS}
-    steps: dict[tuple[int, int], list[float]] = {b: [] for b in BATCHES}
-    exposed: list[float] = []
-    for repeat in range(repeats):
+@dataclass(slots=True)
+class Probes:
+    """Seconds, by what was asked; one value per round."""
+
+    reads: dict[int, list[float]] = field(default_factory=lambda: {n: [] for n in PROMPTS})
+    steps: dict[tuple[int, int], list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
+    exposed: list[float] = field(default_factory=list)
+
+    async def measure(self, server: Server, round: int) -> None:
         for prompt in PROMPTS:
-            (record,) = await ask_all(server, [(prompt, 2)], seed=1000 * repeat + prompt)
-            reads[prompt].append(record.ttft_s or 0.0)
+            (record,) = await ask_all(server, [(prompt, 2)], seed=1000 * round + prompt)
+            self.reads[prompt].append(record.ttft_s or 0.0)
             if record.timings is not None:
-                exposed.append(record.timings.transfer_exposed_s)
+                self.exposed.append(record.timings.transfer_exposed_s)
         for count, prompt in BATCHES:
-            records = await ask_all(server, [(prompt, _ANSWER)] * count, seed=777 * repeat + prompt + count)
+            records = await ask_all(server, [(prompt, _ANSWER)] * count, seed=777 * round + prompt + count)
             # The last to begin sees the whole batch from its first token on; all end together.
             last = max(records, key=lambda r: r.ttft_s or 0.0)
-            steps[count, prompt].append(last.tpot_s or 0.0)
-    prefill = _fit([[1.0, n, n * n / 2] for n in PROMPTS], [float(np.median(reads[n])) for n in PROMPTS])
-    decode = _fit(
-        [[1.0, c, c * (n + _ANSWER / 2)] for c, n in BATCHES], [float(np.median(steps[b])) for b in BATCHES]
-    )
-    return Profile(
-        prefill_step=prefill[0],
-        prefill_token=max(prefill[1], 1e-6),
-        prefill_pair=prefill[2],
-        decode_step=decode[0],
-        decode_seq=decode[1],
-        decode_context=decode[2],
-        transfer_latency=float(np.median(exposed)) if exposed else 1e-3,
-        transfer_bytes_per_s=1e12,  # in the latency above
-        kv_token_bytes=1000,
-        num_blocks=4096,
-        chunk_tokens=512,
-    )
+            self.steps[count, prompt].append(last.tpot_s or 0.0)
+
+    def drift(self) -> float:
+        """Slowest round over fastest: the median over all probes of each one's time over its own median."""
+        times = [*self.reads.values(), *self.steps.values()]
+        relative = np.array([[t / float(np.median(values)) for t in values] for values in times])
+        by_round = np.median(relative, axis=0)
+        return float(by_round.max() / by_round.min())
+
+    def profile(self) -> Profile:
+        """From the median of each probe."""
+        reads = [float(np.median(self.reads[n])) for n in PROMPTS]
+        steps = [float(np.median(self.steps[b])) for b in BATCHES]
+        prefill = _fit([[1.0, n, n * n / 2] for n in PROMPTS], reads)
+        decode = _fit([[1.0, c, c * (n + _ANSWER / 2)] for c, n in BATCHES], steps)
+        return Profile(
+            prefill_step=prefill[0],
+            prefill_token=max(prefill[1], 1e-6),
+            prefill_pair=prefill[2],
+            decode_step=decode[0],
+            decode_seq=decode[1],
+            decode_context=decode[2],
+            transfer_latency=float(np.median(self.exposed)) if self.exposed else 1e-3,
+            transfer_bytes_per_s=1e12,  # in the latency above
+            kv_token_bytes=1000,
+            num_blocks=4096,
+            chunk_tokens=512,
+        )
 
 
 def _fit(rows: list[list[float]], seconds: list[float]) -> list[float]:
@@ -145,43 +163,74 @@ def simulated(profile: Profile, workload: Workload) -> list[tuple[float, float |
     return [(e.report.ttft_s or 0.0, e.report.tpot_s) for e in ended]
 
 
-def _row(name: str, real: list[float], modelled: list[float]) -> list[str]:
-    rows = []
-    for q in _QUANTILES:
-        one, other = float(np.quantile(real, q)), float(np.quantile(modelled, q))
-        rows.append(
-            f"| {name} p{q * 100:.0f} | {one * 1e3:.1f} ms | {other * 1e3:.1f} ms | {other / one - 1:+.1%} |"
+Errors = dict[str, list[tuple[float, float]]]
+"""(Cluster, simulator) of each round in seconds, by metric."""
+
+
+def compare(
+    errors: Errors, records: Sequence[RequestRecord], modelled: Sequence[tuple[float, float | None]]
+) -> None:
+    """Add one round's figures."""
+    pairs = {
+        "TTFT": ([r.ttft_s for r in records if r.ttft_s], [t for t, _ in modelled]),
+        "TPOT": ([r.tpot_s for r in records if r.tpot_s], [t for _, t in modelled if t]),
+    }
+    for name, (real, simulated_s) in pairs.items():
+        for q in _QUANTILES:
+            both = float(np.quantile(real, q)), float(np.quantile(simulated_s, q))
+            errors.setdefault(f"{name} p{q * 100:.0f}", []).append(both)
+        means = float(np.mean(real)), float(np.mean(simulated_s))
+        errors.setdefault(f"{name} mean", []).append(means)
+
+
+def table(errors: Errors) -> str:
+    """Medians over the rounds, and the error of each round."""
+    lines = ["| | cluster | simulator | error, median of rounds | each round |", "|---|---|---|---|---|"]
+    for name, rounds in errors.items():
+        real, modelled = (float(np.median([pair[i] for pair in rounds])) * 1e3 for i in (0, 1))
+        each = [other / one - 1 for one, other in rounds]
+        lines.append(
+            f"| {name} | {real:.1f} ms | {modelled:.1f} ms | {float(np.median(each)):+.1%} "
+            f"| {', '.join(f'{error:+.0%}' for error in each)} |"
         )
-    return rows
+    return "\n".join(lines) + "\n"
 
 
-async def calibrate(spec: SystemSpec, rates: Sequence[float], repeats: int) -> str:
-    lines: list[str] = []
+async def calibrate(spec: SystemSpec, rate: float, rounds: int) -> str:
+    probes, replays = Probes(), list[tuple[Workload, list[RequestRecord]]]()
     with tempfile.TemporaryDirectory() as logs:
         async with serving(spec, Path(logs)) as server:
-            profile = await measure_profile(server, repeats)
-            lines.append(f"profile: {json.dumps({k: v for k, v in asdict(profile).items() if v})}\n")
-            for seed, rate in enumerate(rates):
-                workload = build_workload(_SCENARIO, rate, seed, server.limits)
-                records = await replay(server, workload, rate)
-                modelled = simulated(profile, workload)
-                load = os.getloadavg()[0]
-                lines.append(f"{len(records)} requests at {rate:g}/s; load average {load:.1f}\n")
-                lines.append("| | cluster | simulator | error |\n|---|---|---|---|")
-                lines += _row("TTFT", [r.ttft_s for r in records if r.ttft_s], [t for t, _ in modelled])
-                lines += _row("TPOT", [r.tpot_s for r in records if r.tpot_s], [t for _, t in modelled if t])
-                lines.append("")
-    return "\n".join(lines)
+            await ask_all(server, [(300, 8)] * 4, seed=1)  # first transfers and caches
+            for round in range(rounds):
+                await probes.measure(server, round)
+                workload = build_workload(_SCENARIO, rate, round, server.limits)
+                replays.append((workload, await replay(server, workload, rate)))
+            await probes.measure(server, rounds)
+    profile, errors, drift = probes.profile(), Errors(), probes.drift()
+    for workload, records in replays:
+        compare(errors, records, simulated(profile, workload))
+    count = sum(len(records) for _, records in replays)
+    verdict = "valid" if drift <= MOST_DRIFT else "NOT VALID: the machine was not quiet"
+    return "\n".join(
+        [
+            f"{count} requests at {rate:g}/s in {rounds} rounds; load average {os.getloadavg()[0]:.1f}; the "
+            f"slowest round of probes took {drift:.2f} times as long as the fastest: {verdict}\n",
+            table(errors),
+            f"profile: {json.dumps({k: v for k, v in asdict(profile).items() if v})}",
+        ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="as for `pdserve serve`; its default by default")
-    parser.add_argument("--rate", type=float, nargs="+", default=[1.0, 2.0], help="requests per second")
-    parser.add_argument("--repeats", type=int, default=3, help="of each probe of the profile")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests per second")
+    parser.add_argument("--rounds", type=int, default=3, help="of probes and a replay")
     chosen = parser.parse_args()
     spec = SystemSpec(name="1P1D", prefill=1, decode=1, model=chosen.model)
-    print(asyncio.run(calibrate(spec, chosen.rate, chosen.repeats)))
+    print(asyncio.run(calibrate(spec, chosen.rate, chosen.rounds)))
 
 
 if __name__ == "__main__":

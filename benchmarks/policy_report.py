@@ -46,8 +46,10 @@ def summary(rows: Sequence[Row]) -> str:
             continue
         cells = []
         for kind in _COMPARED:
-            found = ratio(ours, best_of(rows, case, kind))
-            cells.append("they serve none in time" if found is None else f"{found:.2f}")
+            theirs = best_of(rows, case, kind)
+            found = ratio(ours, theirs)
+            none = "not run" if theirs is None else "they serve none in time"
+            cells.append(none if found is None else f"{found:.2f}")
         lines.append(
             f"| {case.name} | {ours.goodput:.1f} ({ours.name.removeprefix('sla, ')}) "
             f"| {ours.attainment:.1%} | " + " | ".join(cells) + " |"
@@ -92,7 +94,8 @@ def _chart(path: Path, draw: Callable[[Axes], None]) -> None:
     axes = figure.add_subplot()
     draw(axes)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
