@@ -149,17 +149,7 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
         host = RayHost(session, plan, config, hosted, _worker_progress(report, starts), identity)
         await host.reserve()
         stack.callback(host.release)
-        supervisors = tuple(
-            Supervisor(
-                host,
-                _CoordinatorRegistry(coordinator, model.name),
-                [slot for slot in host.slots if slot.model == index],
-                ping_timeout_s=_SILENCE_PER_HEARTBEAT_TIMEOUT * config.coordinator.heartbeat_timeout_s,
-                # Workers that died while nobody watched leave peers that remember an epoch we cannot know.
-                epochs_before=int(time.time()) if host.num_left else 0,
-            )
-            for index, model in enumerate(served)
-        )
+        supervisors = _supervisors(config, host, coordinator, served)
         stack.push_async_callback(_stop_all, supervisors)
         scaler = ClusterScaler(
             host,
@@ -189,6 +179,23 @@ async def deployed(config: ServeConfig, report: Report) -> AsyncIterator[Deploym
             coordinator=coordinator,
             supervisors=supervisors,
         )
+
+
+def _supervisors(
+    config: ServeConfig, host: RayHost, coordinator: Coordinator, served: Sequence[ServedModel]
+) -> tuple[Supervisor, ...]:
+    """One per model."""
+    return tuple(
+        Supervisor(
+            host,
+            _CoordinatorRegistry(coordinator, model.name),
+            [slot for slot in host.slots if slot.model == index],
+            ping_timeout_s=_SILENCE_PER_HEARTBEAT_TIMEOUT * config.coordinator.heartbeat_timeout_s,
+            # Workers that died while nobody watched leave peers that remember an epoch we cannot know.
+            epochs_before=int(time.time()) if host.num_left else 0,
+        )
+        for index, model in enumerate(served)
+    )
 
 
 async def _plan(config: ServeConfig, session: RaySession, report: Report) -> PlacementPlan:

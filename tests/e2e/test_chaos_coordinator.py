@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ class Struck:
     def __init__(self, oracle: Oracle, folder: Path) -> None:
         self.oracle, self._folder, self._port = oracle, folder, free_port()
         self._order, self._count = folder / "order", 0
+        self._seeds = itertools.count(1000)
+        """Of prompts: nothing of them is in a worker's cache."""
         self._processes = ExitStack()
         try:
             self.serve()
@@ -48,16 +51,21 @@ class Struck:
         self._processes.callback(self.now.process.kill)
         self.now.until_ready()
 
-    def strike(self, phase: Phase, number: signal.Signals, seed: int) -> list[tuple[Streaming, list[int]]]:
-        """Ask, and return when the signal has been sent in that phase."""
+    def strike(self, phase: Phase, number: signal.Signals) -> list[tuple[Streaming, list[int]]]:
+        """Ask, until the signal has been sent in that phase: one may pass by a request.
+
+        KV that is heard to have arrived before its prompt is heard to have been read was never on the way.
+        """
         written = self._order.with_suffix(".new")
         written.write_text(f"{phase} {int(number)}")
         written.replace(self._order)  # whole at once: it is looked at with every event
-        prompts = [prompt_of(length, seed) for length in (17, 1500)]
-        streams = [(Streaming(self.now, prompt, NUM_TOKENS), prompt) for prompt in prompts]
+        streams: list[tuple[Streaming, list[int]]] = []
         deadline = time.monotonic() + 60
         while self._order.exists():
             assert time.monotonic() < deadline, f"no request was ever {phase}: {self.now.said()}"
+            if not any(stream.running for stream, _ in streams):
+                prompts = [prompt_of(length, seed=next(self._seeds)) for length in (17, 1500)]
+                streams += [(Streaming(self.now, prompt, NUM_TOKENS), prompt) for prompt in prompts]
             time.sleep(0.01)
         return streams
 
@@ -109,7 +117,7 @@ def struck(tiny_oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.mark.parametrize("phase", [str(phase) for phase in PHASES])
 def test_one_that_is_stopped_for_a_while_goes_on_with_every_stream(struck: Struck, phase: str) -> None:
-    streams = struck.strike(Phase(phase), signal.SIGSTOP, seed=1)
+    streams = struck.strike(Phase(phase), signal.SIGSTOP)
     struck.until_stopped()
     struck.now.process.send_signal(signal.SIGCONT)
     struck.require_right(streams, whole=True)
@@ -122,7 +130,7 @@ def test_after_one_that_was_killed_the_next_takes_its_workers_over(
     struck: Struck, phase: str, stopped_first: bool
 ) -> None:
     before = actors_of(struck.now.process.pid) if struck.now.process.poll() is None else {}
-    streams = struck.strike(Phase(phase), signal.SIGSTOP if stopped_first else signal.SIGKILL, seed=2)
+    streams = struck.strike(Phase(phase), signal.SIGSTOP if stopped_first else signal.SIGKILL)
     if stopped_first:
         struck.until_stopped()
     struck.kill()
@@ -139,7 +147,7 @@ def test_one_that_is_told_to_end_finishes_what_it_has_and_leaves_nothing(
 ) -> None:
     struck = Struck(tiny_oracle, tmp_path)
     workers = actors_of(struck.now.process.pid)
-    streams = struck.strike(Phase(phase), signal.SIGTERM, seed=3)
+    streams = struck.strike(Phase(phase), signal.SIGTERM)
     struck.require_right(streams, whole=False)
     assert struck.now.process.wait(60) == 0, struck.now.said()
     until_gone(workers.values())

@@ -41,6 +41,10 @@ class Streaming:
         self._thread = threading.Thread(target=self._run, args=(running, prompt, max_tokens))
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
     def wait_for_tokens(self, count: int) -> None:
         for _ in range(count):
             self._first.get(timeout=60)
