@@ -22,7 +22,7 @@ LLAMA_8B: Final = ModelSize(params=8.03e9, layers=32, heads=32, kv_heads=8, head
 LLAMA_70B: Final = ModelSize(params=70.6e9, layers=80, heads=64, kv_heads=8, head_dim=128)
 COARSE: Final = 2048
 """Tokens of a step, at most: the smallest default of vLLM."""
-CHUNKS: Final = (128, 192, 256, 384, 768)
+CHUNKS: Final = (64, 128, 192, 256, 384, 768)
 """Token budgets that colocated workers are tuned with."""
 LEAST_REQUESTS: Final = 600
 LEARNING_S: Final = 6.0
