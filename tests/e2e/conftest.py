@@ -19,7 +19,13 @@ def config_of(path: Path, /, **sections: dict[str, Any]) -> ServeConfig:
         "model": {"model": str(path), "served_model_name": "tiny", "dtype": "float32"},
         "cache": {"block_size": 16, "num_blocks": 512},
         "prefill": {"max_num_batched_tokens": 64},
-        "coordinator": {"port": 0, "heartbeat_timeout_s": 4.0, "whole_on_prefill": "never"},
+        # So small a model is cheaper where no KV moves: what is tested here would not happen.
+        "coordinator": {
+            "port": 0,
+            "heartbeat_timeout_s": 4.0,
+            "local_prefill": "never",
+            "whole_on_prefill": "never",
+        },
         "cluster": {"dashboard": False, "heartbeat_s": 0.1, "start_timeout_s": 120, "linger_s": 0},
     }
     merged = {
