@@ -201,6 +201,7 @@ class Departures:
             note=encode(note),
             deadline=now + order.transfer_deadline_s,
             flow=str(order.to),
+            peer_epoch=order.decode_epoch,
         )
         book.submitted(push, len(blocks) * self._layout.block_bytes)
         self._pushes[push.id] = departure
@@ -309,5 +310,6 @@ class Departures:
             note=encode(PushesSettled(attempt=order.to)),
             deadline=now + order.transfer_deadline_s,
             flow=str(order.to),
+            peer_epoch=order.decode_epoch,
         )
         return self._last_words.say(order.to, push)

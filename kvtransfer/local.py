@@ -217,6 +217,10 @@ class LocalBackend:
         epoch = self._peers.get(push.peer)
         if epoch is None:
             raise PeerLost(push.peer, "it is not connected")
+        if not push.meant_for(epoch):
+            raise TransferError(
+                f"push {push.id} is for epoch {push.peer_epoch} of {push.peer}, this is {epoch}"
+            )
         port = self._hub.find(push.peer, epoch)
         self._way(push)
         return port

@@ -221,6 +221,8 @@ class NixlBackend:
         peer = self._peers.get(push.peer)
         if peer is None:
             self._refuse(push, f"{push.peer} is not connected")
+        elif not push.meant_for(peer.epoch):
+            self._refuse(push, f"it is for epoch {push.peer_epoch} of {push.peer}, this is {peer.epoch}")
         elif peer.phase is Phase.FAILED:
             self._refuse(push, peer.error)
         elif peer.phase is Phase.PROBING:

@@ -75,6 +75,13 @@ class Push:
     dst_token: int = 0
     num_tokens: int | None = None
     """None: to the end of the last source block."""
+    peer_epoch: int | None = None
+    """The process that gave `dst_blocks`: to any other of that peer, nothing is written and the push ends as
+    FAILED. None: whichever process is known when it starts."""
+
+    def meant_for(self, epoch: int) -> bool:
+        """Whether the peer's process of that epoch is the one it is for."""
+        return self.peer_epoch is None or self.peer_epoch == epoch
 
 
 class Outcome(StrEnum):
@@ -204,7 +211,8 @@ class TransferBackend(Protocol):
         ...
 
     def submit(self, push: Push) -> None:
-        """Start a push; its end is an event. A push to an unknown or failed peer ends as FAILED."""
+        """Start a push; its end is an event. To a peer that is unknown, has failed or is another process than
+        the push is meant for, it ends as FAILED."""
         ...
 
     def poll(self, now: float) -> list[TransferEvent]:

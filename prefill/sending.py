@@ -81,6 +81,7 @@ class PushMaker:
             note=encode(PushesSettled(attempt=run.attempt)),
             deadline=now + run.request.transfer_deadline_s,
             flow=str(run.attempt),
+            peer_epoch=run.request.decode_epoch,
         )
 
     def _blocks_of(self, chunk: Chunk) -> range:
@@ -114,6 +115,7 @@ class PushMaker:
             note=encode(note),
             deadline=now + run.request.transfer_deadline_s,
             flow=str(run.attempt),
+            peer_epoch=run.request.decode_epoch,
         )
         run.pushes.submitted(push, self._size_bytes(blocks, layers))
         self._of[push.id] = run

@@ -171,6 +171,7 @@ class PrefixMoves:
             note=encode(PrefixNote(attempt=attempt, num_tokens=len(blocks) * size)),
             deadline=now + order.transfer_deadline_s,
             flow=str(attempt),
+            peer_epoch=order.worker_epoch,
         )
         departure.book.submitted(push, len(push.src_blocks) * self._layout.block_bytes)
         self._departures[attempt] = self._pushes[push.id] = departure

@@ -209,6 +209,29 @@ def test_a_restarted_peer_is_met_again_under_its_new_epoch(
     assert sender.events.connected == []
 
 
+@pytest.mark.parametrize("met", ["before it was asked for", "while it waited"])
+def test_a_push_meant_for_an_earlier_process_of_a_peer_fails_and_writes_nothing(
+    make_node: NodeMaker, transport: dict, pair: Pair, met: str
+) -> None:
+    sender, old = pair
+    old.stop()
+    new = make_node("decode-0", epoch=2, **transport)
+    if met == "before it was asked for":
+        sender.meet(new)
+        end = sender.events.terminal(sender.push("decode-0", [0], [0], peer_epoch=1))
+    else:
+        sender.service.connect(new.name, new.epoch, new.fingerprint, new.backend.metadata)
+        end = sender.events.terminal(sender.push("decode-0", [0], [0], peer_epoch=1))
+        sender.events.await_connected(new.name, new.epoch)
+    assert end.outcome is Outcome.FAILED
+    assert "epoch 1" in end.error
+    assert sender.events.failed_peers == []
+    assert (
+        sender.events.terminal(sender.push("decode-0", [5], [6], peer_epoch=2)).outcome is Outcome.COMPLETED
+    )
+    expect(new, 0, source(sender, 0, [5], [6], range(6)))
+
+
 def test_pushes_to_one_peer_are_bounded_and_still_all_arrive(make_node: NodeMaker, transport: dict) -> None:
     sender = make_node("p", seed=3, max_inflight_bytes=FULL.block_bytes, **transport)
     receiver = make_node("d", **transport)

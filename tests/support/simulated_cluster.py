@@ -437,6 +437,7 @@ class SimulatedCluster:
             self.requests.keys() - self.ends.keys()
             or self.registry.num_active
             or self.registry.num_unsettled
+            or self.transfers.flying  # also one that moves no block, and only says that an attempt is settled
             or any(self.held_by(process) for process in self.processes.values())
         )
 

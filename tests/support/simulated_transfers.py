@@ -50,7 +50,8 @@ class Transfers:
         process.inbox.append(PeerConnected(peer=peer.peer, epoch=peer.epoch, path=info))
 
     def submit(self, process: Process, push: Push, target: Process | None) -> None:
-        if target is None or process.peers.get(push.peer) is not target:
+        met = process.peers.get(push.peer)
+        if met is None or met is not target or not push.meant_for(met.info.epoch):
             process.inbox.append(PushEnded(id=push.id, outcome=Outcome.FAILED))
         else:
             self.flying.append(Flight(process, target, push))

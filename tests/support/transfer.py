@@ -174,6 +174,7 @@ class Node:
         note: bytes = b"note",
         deadline_s: float = WAIT_S,
         flow: str = "",
+        peer_epoch: int | None = None,
     ) -> int:
         push = Push(
             id=next(self._ids),
@@ -185,6 +186,7 @@ class Node:
             note=note,
             deadline=time.monotonic() + deadline_s,
             flow=flow,
+            peer_epoch=peer_epoch,
         )
         self.service.submit(push)
         return push.id

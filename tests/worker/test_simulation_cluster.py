@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from coordinator import fetching
+from pdserve.core.ids import WorkerId
 from tests.support.paths import REPO
 from tests.support.simulated_cluster import SimulatedCluster
 from tests.worker.test_simulation import seeds
@@ -38,6 +39,36 @@ def test_a_cluster_where_nothing_goes_wrong_finishes_every_request() -> None:
     assert cluster.counts["submitted"] > 50
     refused = sum(end == "Overloaded" for end in cluster.ends.values())
     assert cluster.counts["finished"] == cluster.counts["submitted"] - refused
+
+
+def test_last_words_never_reach_the_successor_of_the_worker_they_are_for() -> None:
+    """A prefill worker hears that a coordinator is gone only after the next one has introduced a new decode
+    worker: what it then sends about a prompt of before is for a process that has ended."""
+    cluster = SimulatedCluster(random.Random(3))
+    for name in ("prefill-1", "decode-1"):
+        cluster.do_kill(cluster.processes[WorkerId(name)])
+        cluster.do_stop(cluster.processes[WorkerId(name)])
+    prefill, decode = (cluster.processes[WorkerId(name)] for name in ("prefill-0", "decode-0"))
+    while prefill.inbox or prefill.down or decode.inbox or decode.down or prefill.up or decode.up:
+        for process in (prefill, decode):
+            cluster.do_deliver_down(process)
+            cluster.do_inbox(process)
+            cluster.do_deliver_up(process)
+    cluster.do_submit(num_prompt=12, max_tokens=40, num_samples=1, patience_s=60.0)
+    cluster.do_deliver_down(decode)
+    while decode.up:
+        cluster.do_deliver_up(decode)
+    while prefill.down:
+        cluster.do_deliver_down(prefill)
+    assert not prefill.scheduler.idle, "it has the prompt"
+    cluster.do_stop(decode)
+    cluster.do_restart_coordinator()
+    cluster.do_kill(decode)
+    while prefill.down:  # the new coordinator's, before the loss of the old one
+        cluster.do_deliver_down(prefill)
+    while prefill.inbox:
+        cluster.do_inbox(prefill)
+    cluster.settle()
 
 
 def lives(seeds: range) -> str:
