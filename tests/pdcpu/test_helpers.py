@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -24,8 +25,8 @@ def cpu_time_of_others() -> float:
     ticks = 0
     for task in Path("/proc/self/task").iterdir():
         if task.name != own:
-            fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
-            ticks += int(fields[11])
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                ticks += int((task / "stat").read_text().rsplit(")", 1)[1].split()[11])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
