@@ -173,6 +173,7 @@ def _ray_cluster(deploy: DeploySettings) -> Manifest:
         spec={
             "rayVersion": version("ray"),
             "authOptions": {"mode": "token"},
+            **({"enableInTreeAutoscaling": True} if deploy.scales else {}),
             "headGroupSpec": {
                 # No workers on the head: they are for machines of their groups.
                 "rayStartParams": {"num-cpus": "0", "dashboard-host": "127.0.0.1"},
@@ -201,6 +202,9 @@ def _head(deploy: DeploySettings) -> Manifest:
     containers = [ray_container(deploy, "ray-head", sized=resources(ray), drains=False), server]
     spec = pod_spec(deploy, head, containers)
     spec["shareProcessNamespace"] = True
+    if deploy.scales:
+        # KubeRay puts Ray's autoscaler into this pod, with an account that may change this cluster's size.
+        spec["automountServiceAccountToken"] = True
     spec["volumes"] = [*_list(spec["volumes"]), *config_volume(deploy)]
     return spec
 
@@ -213,7 +217,7 @@ def _worker_group(deploy: DeploySettings, machine: Machines, index: int) -> Mani
         "groupName": f"{machine.group.value}-{index}",
         "replicas": machine.count,
         "minReplicas": machine.count,
-        "maxReplicas": machine.count,
+        "maxReplicas": machine.most,
         "rayStartParams": {"resources": offers},
         "template": {
             "metadata": {"labels": _labels(deploy, component)},

@@ -33,7 +33,10 @@ class Machines(Frozen):
     group: Group = Group.ANY
     """Whose workers they take; `any` lets Ray choose."""
     count: PositiveInt = 1
-    """How many."""
+    """How many; where `max_count` is more, how many at least."""
+    max_count: PositiveInt | None = None
+    """So many at most: Ray's autoscaler brings machines for workers that are added (`pdserve scale`, or
+    `serve.planner.mode: active` with a budget), takes them away when they are retired. None: always `count`."""
     cpus: PositiveInt
     """Cores of each that a pod may take."""
     memory_gib: Gib
@@ -48,6 +51,20 @@ class Machines(Frozen):
     """Labels of the Kubernetes nodes."""
     tolerations: tuple[str, ...] = ()
     """Keys of taints to put up with; `nvidia.com/gpu` is among them wherever there are GPUs."""
+
+    @model_validator(mode="after")
+    def _at_least_below_at_most(self) -> Self:
+        if self.most < self.count:
+            raise ValueError(f"max_count: {self.most} is less than count, {self.count}")
+        return self
+
+    @property
+    def most(self) -> int:
+        return self.count if self.max_count is None else self.max_count
+
+    @property
+    def scales(self) -> bool:
+        return self.most > self.count
 
 
 class ModelVolume(Frozen):
@@ -106,7 +123,7 @@ class DeploySettings(Frozen):
 
     @model_validator(mode="after")
     def _head_is_alone(self) -> Self:
-        if self.head.count != 1 or self.head.gpus:
+        if self.head.most != 1 or self.head.gpus:
             raise ValueError("head: one machine, without GPUs")
         if self.spread and {m.group for m in self.machines} & {Group.ANY} and len(self.machines) > 1:
             raise ValueError("machines: several kinds are each for prefill or decode; `any` stands alone")
@@ -115,7 +132,12 @@ class DeploySettings(Frozen):
     @property
     def spread(self) -> bool:
         """Over several machines."""
-        return sum(kind.count for kind in self.machines) > 1
+        return sum(kind.most for kind in self.machines) > 1
+
+    @property
+    def scales(self) -> bool:
+        """Whether machines come and go with the load."""
+        return any(kind.scales for kind in self.machines)
 
 
 def load_deployment(path: Path) -> DeploySettings:

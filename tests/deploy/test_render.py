@@ -169,6 +169,26 @@ def test_a_cluster_keeps_prefill_and_decode_workers_to_machines_of_their_own() -
     assert (len(plan.prefill), len(plan.decode)) == (32, 64)
 
 
+def test_machines_that_may_become_more_are_left_to_rays_autoscaler() -> None:
+    fixed = size("h100-cluster")
+    prefill, decode = fixed.machines
+    growing = fixed.model_copy(
+        update={"machines": (prefill, decode.model_copy(update={"max_count": decode.count + 4}))}
+    )
+    spec = one(objects_of(growing), "RayCluster")["spec"]
+    jsonschema.validate(spec, RAY_CLUSTER)
+    assert spec["enableInTreeAutoscaling"] is True
+    bounds = [(group["minReplicas"], group["maxReplicas"]) for group in spec["workerGroupSpecs"]]
+    assert bounds == [(4, 4), (8, 12)]
+    # The autoscaler asks Kubernetes, from the head and from nowhere else.
+    pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    asks = [pod["template"]["spec"]["automountServiceAccountToken"] for pod in pods]
+    assert asks == [True, False, False]
+    still = one(objects_of(fixed), "RayCluster")["spec"]
+    assert "enableInTreeAutoscaling" not in still
+    assert still["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] is False
+
+
 def test_a_pod_that_ends_is_given_longer_than_its_streams_need_to_move() -> None:
     deploy = size("h100-cluster")
     for template in pod_templates(objects_of(deploy)):
@@ -215,6 +235,7 @@ def test_more_workers_than_machines_have_room_for_are_refused() -> None:
         ("image: pdserve:1\nmachines: []", "machines"),
         ("image: pdserve:1\nmachines: [{cpus: 1, memory_gib: 1}]\nservce: {}", "servce"),
         ("image: pdserve:1\nmachines: [{cpus: 1, memory_gib: 1}]\nmodels: {}", "claim and host_path"),
+        ("image: pdserve:1\nmachines: [{cpus: 1, memory_gib: 1, count: 3, max_count: 2}]", "max_count: 2"),
         ("image: pdserve:1\nname: Not_A_Name\nmachines: [{cpus: 1, memory_gib: 1}]", "name"),
         ("just text", "keys and values"),
         ("a: [", "expected"),
