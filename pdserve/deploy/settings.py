@@ -36,7 +36,7 @@ class Machines(Frozen):
     """How many; where `max_count` is more, how many at least."""
     max_count: PositiveInt | None = None
     """So many at most: Ray's autoscaler brings machines for workers that are added (`pdserve scale`, or
-    `serve.planner.mode: active` with a budget), takes them away when they are retired. None: always `count`."""
+    `serve.planner.mode: active` with a budget), and takes them away again. None: always `count`."""
     cpus: PositiveInt
     """Cores of each that a pod may take."""
     memory_gib: Gib
