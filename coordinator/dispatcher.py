@@ -45,13 +45,13 @@ from pdserve.core.messages import (
     Heartbeat,
     Hello,
     Message,
-    PrefixEvents,
     Refused,
     RoleChanged,
     StartDecode,
     Up,
     WorkerInfo,
 )
+from pdserve.core.worker_state import PrefixEvents
 
 log = logging.getLogger(__name__)
 

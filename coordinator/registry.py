@@ -61,7 +61,6 @@ from pdserve.core.messages import (
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
-    PrefixEvents,
     PushesSettled,
     Refused,
     Reserved,
@@ -75,6 +74,7 @@ from pdserve.core.messages import (
     WorkerInfo,
 )
 from pdserve.core.prefix import keys_of
+from pdserve.core.worker_state import PrefixEvents
 
 TICK_S: Final = 0.25
 """Longest time between two `Tick`s."""

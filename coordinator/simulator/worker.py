@@ -32,7 +32,6 @@ from pdserve.core.messages import (
     PrefillDone,
     PrefillProgress,
     PrefillStarted,
-    PrefixEvents,
     PushesSettled,
     PushPrefix,
     ReceivePrefix,
@@ -48,7 +47,7 @@ from pdserve.core.messages import (
     Up,
     WorkerInfo,
 )
-from pdserve.core.worker_state import BlockCounts, PairState
+from pdserve.core.worker_state import BlockCounts, PairState, PrefixEvents
 
 _PATH: Final = "modelled"
 

@@ -13,7 +13,14 @@ from pdserve.core.handover import PrefixNote, PushNote
 from pdserve.core.ids import AttemptId, BlockId, WorkerId
 from pdserve.core.layout import Fingerprint
 from pdserve.core.sampling import SamplingParams, TokenLogprobs
-from pdserve.core.worker_state import BlockCounts, DeviceUsage, PairState, ProfileStep, TierCounts
+from pdserve.core.worker_state import (
+    BlockCounts,
+    DeviceUsage,
+    PairState,
+    PrefixEvents,
+    ProfileStep,
+    TierCounts,
+)
 
 
 class Role(StrEnum):
@@ -442,27 +449,6 @@ class Heartbeat:
     """Since start: tokens that speculative decoding proposed, by their position in a proposal."""
     accepted_at: list[int] = field(default_factory=list)
     """Of these, accepted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixEvents:
-    """Which blocks a worker's prefix cache, and its tiers, began and ceased to hold: to every coordinator, in
-    order.
-
-    The first to each is a snapshot. A coordinator that misses a number asks with `SendPrefixes`.
-    """
-
-    worker: WorkerId
-    epoch: int
-    sequence: int
-    """One more than that of the events before; a snapshot's may be any."""
-    stored: bytes
-    """Keys of blocks (`pdserve.core.prefix.pack_keys`); of all that are held, in a snapshot."""
-    evicted: bytes
-    snapshot: bool
-    tier_stored: bytes = b""
-    """The same of the tiers below the cache's pool, whether the cache holds these blocks too or not."""
-    tier_evicted: bytes = b""
 
 
 Down = (

@@ -1,4 +1,5 @@
-"""What workers say of themselves in every heartbeat: blocks, tiers, device, and the ways to their peers."""
+"""What workers say of themselves: in every heartbeat blocks, tiers, device and the ways to their peers, and
+what their prefix caches hold."""
 
 from __future__ import annotations
 
@@ -88,3 +89,24 @@ class PairState:
     """Of a small one."""
     error: str = ""
     """Why nothing moves there, if that is so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixEvents:
+    """Which blocks a worker's prefix cache, and its tiers, began and ceased to hold: to every coordinator, in
+    order.
+
+    The first to each is a snapshot. A coordinator that misses a number asks with `SendPrefixes`.
+    """
+
+    worker: WorkerId
+    epoch: int
+    sequence: int
+    """One more than that of the events before; a snapshot's may be any."""
+    stored: bytes
+    """Keys of blocks (`pdserve.core.prefix.pack_keys`); of all that are held, in a snapshot."""
+    evicted: bytes
+    snapshot: bool
+    tier_stored: bytes = b""
+    """The same of the tiers below the cache's pool, whether the cache holds these blocks too or not."""
+    tier_evicted: bytes = b""

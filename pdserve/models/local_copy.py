@@ -89,9 +89,8 @@ def _copy(source: Path, files: list[Path], target: Path, say: Say) -> None:
                 os.fsync(writer.fileno())
         # Seen under its name only when all of it is on the disk.
         partial.rename(target)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _some(reader: int, writer: int) -> int:

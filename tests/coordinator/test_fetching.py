@@ -17,7 +17,6 @@ from pdserve.core.messages import (
     ConnectPeer,
     KvArrived,
     Message,
-    PrefixEvents,
     PushesSettled,
     PushPrefix,
     ReceivePrefix,
@@ -30,6 +29,7 @@ from pdserve.core.messages import (
     Up,
 )
 from pdserve.core.prefix import PrefixHashes, pack_keys
+from pdserve.core.worker_state import PrefixEvents
 from tests.support.model_workers import LAYOUT
 from tests.support.registry_world import MODEL, SETTINGS, World, new_request
 

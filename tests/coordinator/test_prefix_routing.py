@@ -18,9 +18,9 @@ from coordinator.tier_hits import tier_worth
 from pdserve.core.config import LocalPrefill, RoutingPolicy
 from pdserve.core.errors import ConfigError
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
-from pdserve.core.messages import Heartbeat, PrefixEvents, Role, SendPrefixes
+from pdserve.core.messages import Heartbeat, Role, SendPrefixes
 from pdserve.core.prefix import PrefixHashes, pack_keys
-from pdserve.core.worker_state import BlockCounts, TierCounts
+from pdserve.core.worker_state import BlockCounts, PrefixEvents, TierCounts
 from tests.support.model_workers import LAYOUT, worker_info
 from tests.support.paths import REPO
 from tests.support.registry_world import MODEL, World, new_request

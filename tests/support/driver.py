@@ -22,7 +22,6 @@ from pdserve.core.messages import (
     Hello,
     Message,
     PrefillDone,
-    PrefixEvents,
     PushesSettled,
     Refused,
     RequestSpec,
@@ -35,6 +34,7 @@ from pdserve.core.messages import (
     WorkerInfo,
 )
 from pdserve.core.sampling import SamplingParams
+from pdserve.core.worker_state import PrefixEvents
 from pdserve.worker.events import attempt_of
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=8)

@@ -7,8 +7,8 @@ import random
 from coordinator.prefix_index import PrefixIndex
 from pdserve.core.codec import decode, encode
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
-from pdserve.core.messages import PrefixEvents
 from pdserve.core.prefix import PrefixHashes, key_of, keys_of
+from pdserve.core.worker_state import PrefixEvents
 from pdserve.engine.block_pool import BlockPool, Holder, HolderKind
 from pdserve.engine.prefix_cache import PrefixCache
 from pdserve.worker.events import OwnerId, Send

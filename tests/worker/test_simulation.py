@@ -29,7 +29,6 @@ from pdserve.core.messages import (
     Migrate,
     Orphaned,
     PrefillDone,
-    PrefixEvents,
     PushesSettled,
     Refused,
     RenewLease,
@@ -42,6 +41,7 @@ from pdserve.core.messages import (
     TransferDone,
 )
 from pdserve.core.sampling import SamplingParams
+from pdserve.core.worker_state import PrefixEvents
 from pdserve.engine.batch import Sampled
 from pdserve.engine.block_pool import HolderKind
 from pdserve.worker.compute import WorkResult

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from coordinator.prefix_index import PrefixIndex
 from pdserve.core.errors import BlockPoolExhausted
 from pdserve.core.ids import AttemptId, RequestId, WorkerId
-from pdserve.core.messages import PrefixEvents
 from pdserve.core.prefix import key_of, keys_of
-from pdserve.core.worker_state import TierCounts
+from pdserve.core.worker_state import PrefixEvents, TierCounts
 from pdserve.engine.block_pool import BlockPool, Holder, HolderKind
 from pdserve.engine.prefix_cache import BlockHash, PrefixCache, PrefixHashes
 from pdserve.engine.tiers.store import (
