@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 import msgpack
 
-from pdserve.core import handover, messages
+from pdserve.core import handover, messages, worker_state
 from pdserve.core.errors import ProtocolError
 from pdserve.core.layout import PROTOCOL_VERSION
 from pdserve.core.messages import Message
@@ -55,7 +55,7 @@ _TAGGED: Final[tuple[type, ...]] = (
     messages.PushPrefix,
     handover.PrefixNote,
     messages.SendPrefixes,
-    messages.PrefixEvents,
+    worker_state.PrefixEvents,
 )
 _TAG_OF: Final[dict[type, int]] = {cls: tag for tag, cls in enumerate(_TAGGED)}
 
