@@ -14,6 +14,9 @@ from pdserve.client import AsyncClient, Delta
 from pdserve.core.config import ServeConfig
 from pdserve.core.errors import ProtocolError
 
+# One lone short question is answered soonest where no KV moves, and a demonstration is to show it moving.
+_KV_MOVES = ("coordinator.local_prefill=never", "coordinator.whole_on_prefill=never")
+
 DEFAULT_PROMPT = "What is the capital of France, and what is it known for?"
 
 
@@ -29,11 +32,12 @@ def demo(
     """Ask one question of a deployment made for it: a prefill worker and a decode worker on this machine.
 
     Fetches the default model on first use. Starts Ray, both workers and the gRPC server, streams the answer,
-    prints one line of figures, and stops everything again.
+    prints one line of figures, and stops everything again. One worker reads the prompt and the other writes the
+    answer, which a service does where it pays (--set coordinator.local_prefill=auto).
     """
     resolved = build_config(
         config,
-        settings,
+        [*_KV_MOVES, *(settings or [])],
         {
             "model": {"model": model},
             "prefill": {"workers": prefill},
