@@ -32,8 +32,8 @@ def demo(
     """Ask one question of a deployment made for it: a prefill worker and a decode worker on this machine.
 
     Fetches the default model on first use. Starts Ray, both workers and the gRPC server, streams the answer,
-    prints one line of figures, and stops everything again. One worker reads the prompt and the other writes the
-    answer, which a service does where it pays (--set coordinator.local_prefill=auto).
+    prints one line of figures, and stops everything again. One worker reads the prompt, the other writes
+    the answer, which a service does where it pays (--set coordinator.local_prefill=auto).
     """
     resolved = build_config(
         config,
